@@ -1,0 +1,19 @@
+"""Settings of one worker. The model's own sizes are in `workers.model_config`."""
+
+from typing import Literal
+
+import msgspec
+
+
+class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """What an engine may use. Every field can be set in the cluster's YAML file."""
+
+    max_batched_tokens: int = 2048  # the token budget of one step
+    max_running: int = 64  # requests that hold pages and are scheduled
+    max_waiting: int = 256  # requests that wait for pages; one more is refused
+    cache_bytes: int = 256 * 2**20  # both paged caches, all layers
+    max_context: int | None = None  # tokens of prompt + output; None: the model's own limit
+    precision: Literal["fp8", "fp32"] = "fp8"  # fp32: dequantised weights and unquantised caches
+    attention: Literal["absorbed", "unabsorbed"] = "absorbed"
+    device: str = "cpu"
+    threads: int | None = None  # CPU threads of torch; None: torch's default
