@@ -67,7 +67,9 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", kw_only=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish: str | None = None  # "stop" or "length"
-    num_cached_tokens: int | None = None  # with the first update: prompt tokens found in this worker's prefix cache
+    num_cached_tokens: int | None = (
+        None  # with the first update: prompt tokens found in this worker's prefix cache
+    )
     queued_s: float = 0.0  # with the first update: time before the first step
     prefill_s: float = 0.0  # with the first update of a prefill worker: first step to first token
 

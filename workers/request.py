@@ -55,9 +55,11 @@ class Request:
     one_token: bool = False  # prefill role: finish (reason "prefilled") after one sampled token
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
-    num_cached_tokens: int | None = None  # found in this worker's prefix cache when first scheduled or reserved
+    num_cached_tokens: int | None = None  # found in the prefix cache here when first scheduled or reserved
     pages: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)  # of the full pages of `tokens`, chained
+    arrival: int = 0  # set by the scheduler: oldest first
+    finish_reason: str | None = None  # "stop", "length", "prefilled" (one_token) or "abort"
 
     @property
     def num_output_tokens(self) -> int:

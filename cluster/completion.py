@@ -1,0 +1,139 @@
+"""One request with its text and its bill: a flight, detokenised, opened in the ledger before its first token leaves.
+
+Whatever ends it (the model, a stop string, a client that went away, a fault of ours) it is settled once, here.
+"""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+
+from cluster.billing import Books
+from cluster.errors import ApiError
+from cluster.flight import Flight, Pilot
+from cluster.metrics import Metrics
+from cluster.output import Delta, Output
+from cluster.records import Finish, Opening, Settlement, amount
+from cluster.responses import Timing, Usage
+from cluster.tenants import Tenant
+from workers.request import TokenLogprobs
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one step added to the reply."""
+
+    delta: Delta
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+class Completion:
+    """Iterate over `parts`, then read `finish_reason`, `usage` and `timing`."""
+
+    def __init__(
+        self,
+        flight: Flight,
+        output: Output,
+        *,
+        tenant: Tenant,
+        model: str,
+        pilot: Pilot,
+        books: Books,
+        metrics: Metrics,
+    ) -> None:
+        self.flight = flight
+        self._output = output
+        self._tenant = tenant
+        self._model = model
+        self._pilot = pilot
+        self._books = books
+        self._metrics = metrics
+        self._price = books.price(time.time())
+        self._opening: asyncio.Task[None] | None = None
+
+    @property
+    def finish_reason(self) -> str:
+        return "stop" if self._output.stopped else self.flight.finish or "stop"
+
+    @property
+    def usage(self) -> Usage:
+        settlement = self._settlement("stop")
+        return Usage.of(
+            hit_tokens=settlement.hit_tokens,
+            miss_tokens=settlement.miss_tokens,
+            output_tokens=settlement.output_tokens,
+            reasoning_tokens=settlement.reasoning_tokens,
+            cost_nanodollars=amount(settlement, self._price),
+        )
+
+    @property
+    def timing(self) -> Timing:
+        timing = self.flight.timing
+        return Timing(
+            queue=timing.queue, prefill=timing.prefill, ship=timing.ship, first_token=timing.first_token
+        )
+
+    async def parts(self) -> AsyncGenerator[Part, None]:
+        """Yields the reply as it comes. Raises ApiError; close it (contextlib.aclosing) to abort the request."""
+        finish: Finish = "cancelled"
+        self._metrics.started()
+        try:
+            async with contextlib.aclosing(self._pilot.fly(self.flight, on_quote=self._open)) as steps:
+                async for step in steps:
+                    assert self._opening is not None
+                    await self._opening
+                    before = self._output.num_tokens
+                    delta = self._output.push(step.tokens)
+                    count = self._output.num_tokens - before
+                    self._metrics.tokens(self.flight, count)
+                    yield Part(delta, step.tokens[:count], step.logprobs and step.logprobs[:count])
+                    if self._output.stopped:
+                        break
+            finish = "length" if self.finish_reason == "length" else "stop"
+            rest = self._output.finish()
+            if any(rest):
+                yield Part(rest, [], None)
+        except ApiError:
+            finish = "error"
+            raise
+        finally:
+            self._settle(finish)
+
+    def _open(self) -> None:
+        """Called with the quote; goes on beside the prefill, and the first token waits for it."""
+        flight = self.flight
+        assert flight.num_quoted is not None
+        opening = Opening(
+            request_id=flight.id,
+            tenant=self._tenant.name,
+            key_id=self._tenant.key_id,
+            model=self._model,
+            price=self._price,
+            prompt_tokens=len(flight.prompt),
+            hit_tokens=flight.num_quoted,
+            miss_tokens=len(flight.prompt) - flight.num_quoted,
+            time_ms=time.time_ns() // 10**6,
+        )
+        self._opening = asyncio.create_task(self._books.open(opening))
+
+    def _settle(self, finish: Finish) -> None:
+        settlement = self._settlement(finish)
+        nanodollars = amount(settlement, self._price)
+        self._metrics.ended(self.flight, finish, tenant=self._tenant.name, nanodollars=nanodollars)
+        if self._opening is not None:
+            self._books.settle(settlement, after=self._opening)
+
+    def _settlement(self, finish: Finish) -> Settlement:
+        flight, output = self.flight, self._output
+        return Settlement(
+            request_id=flight.id,
+            hit_tokens=flight.num_hit,
+            miss_tokens=len(flight.prompt) - flight.num_hit,
+            output_tokens=output.num_tokens,
+            reasoning_tokens=output.num_reasoning_tokens,
+            finish=finish,
+            resumes=flight.restarts,
+            time_ms=time.time_ns() // 10**6,
+        )

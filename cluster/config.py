@@ -1,0 +1,165 @@
+"""The cluster's settings: one YAML file, strictly read. Knows nothing of what is running.
+
+`cluster.yaml` beside this file lists every setting with its default. What one engine may use is `workers.config`.
+"""
+
+import ipaddress
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+
+from workers.config import EngineConfig
+
+AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
+NotNegative = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[float, msgspec.Meta(gt=0)]
+Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+Name = Annotated[str, msgspec.Meta(min_length=1)]
+KeyHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # sha256 of an API key, in hex
+
+
+class ConfigError(ValueError):
+    """A setting is wrong. The sentence names the file and the key."""
+
+
+class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The workers of one role. Every worker is alike."""
+
+    workers: AtLeastOne = 1
+    num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
+    num_gpus: NotNegative = 0.0
+    engine: EngineConfig = EngineConfig()
+
+
+class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Limits of one gateway replica. Beyond them it answers 429 (413 for a body)."""
+
+    replicas: AtLeastOne = 1
+    max_body_bytes: AtLeastOne = 4 * 2**20
+    max_concurrency: AtLeastOne = 256  # requests in progress
+    max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
+    worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
+
+
+class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Whoever shares a prefix cache and a bill."""
+
+    name: Name
+    keys: Annotated[list[KeyHash], msgspec.Meta(min_length=1)]
+
+
+class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    url: Name = "sqlite:///var/ledger.db"  # a SQLAlchemy URL
+
+
+class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Everything one cluster is started with. Raises ValueError where settings contradict each other."""
+
+    model: str | None = None  # folder of a checkpoint; None: a tiny model made on the spot
+    served_model_name: Name = "lightship"
+    host: Name = "127.0.0.1"
+    port: Port = 8000
+    prefill: RoleConfig = RoleConfig()
+    decode: RoleConfig = RoleConfig()
+    gateway: GatewayConfig = GatewayConfig()
+    tenants: list[TenantConfig] = []  # none: every caller is tenant "default", on a loopback host only
+    ledger: LedgerConfig = LedgerConfig()
+    price_entry: Name = "v3.2-exp-launch"  # of the price book
+    num_cpus: AtLeastOne | None = None  # what Ray may count on where it is started on this machine; None: all
+
+    def __post_init__(self) -> None:
+        _check_tenants(self.tenants)
+        if not self.tenants and not is_loopback(self.host):
+            raise ValueError(
+                f"host {self.host!r} is not a loopback address and tenants is empty: anyone who can reach it could use "
+                "the service; configure tenants with keys or set host to 127.0.0.1"
+            )
+        for key in ("precision", "max_context"):
+            mine, theirs = getattr(self.prefill.engine, key), getattr(self.decode.engine, key)
+            if mine != theirs:
+                raise ValueError(
+                    f"prefill.engine.{key} is {mine} but decode.engine.{key} is {theirs}: they must agree"
+                )
+        for role in ("prefill", "decode"):
+            config: RoleConfig = getattr(self, role)
+            if config.engine.device.startswith("cuda") and not config.num_gpus:
+                raise ValueError(f"{role}.engine.device is {config.engine.device} but {role}.num_gpus is 0")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach `host`. A name other than localhost counts as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def load(path: str | Path | None = None, overrides: Sequence[str] = ()) -> ClusterConfig:
+    """Reads a YAML file (None: the defaults) and lays `overrides` over it, each "dotted.key=value" with a YAML value.
+
+    Raises ConfigError for an unreadable file, an unknown key, a wrong value and a contradiction.
+    """
+    source = "the default settings" if path is None else str(path)
+    if overrides:
+        source += f" with {' '.join(overrides)}"
+    settings = {} if path is None else _read(Path(path))
+    for override in overrides:
+        _override(settings, override)
+    try:
+        return msgspec.convert(settings, ClusterConfig)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{source}: {_name_key(str(error))}") from None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        settings = msgspec.yaml.decode(path.read_bytes())
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{path}: expected settings by name, got a {type(settings).__name__}")
+    return settings
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *parents, last = key.split(".")
+    if not equals or not all([*parents, last]):
+        raise ConfigError(f"{override!r} is not of the form dotted.key=value")
+    for parent in parents:
+        if settings.get(parent) is None:
+            settings[parent] = {}
+        settings = settings[parent]
+        if not isinstance(settings, dict):
+            raise ConfigError(f"{override!r}: {parent} is not a group of settings")
+    try:
+        settings[last] = msgspec.yaml.decode(value.encode())
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"{override!r}: {error}") from error
+
+
+def _check_tenants(tenants: list[TenantConfig]) -> None:
+    names: set[str] = set()
+    owners: dict[str, str] = {}
+    for tenant in tenants:
+        if tenant.name in names:
+            raise ValueError(f"tenants: the name {tenant.name!r} is there twice")
+        names.add(tenant.name)
+        for key in tenant.keys:
+            if key in owners:
+                raise ValueError(f"tenants: a key of {tenant.name!r} is already a key of {owners[key]!r}")
+            owners[key] = tenant.name
+
+
+def _name_key(message: str) -> str:
+    """msgspec's sentence with the key in front: "prefill.workers: Expected `int` >= 1"."""
+    sentence, _, where = message.partition(" - at ")
+    key = re.sub(r"^\$\.?", "", where.strip("`"))
+    return f"{key}: {sentence}" if key else sentence

@@ -1,0 +1,178 @@
+"""The gateway's view of the workers: one TCP connection to each, their load, and which pairs are proven.
+
+A connection that closes, or from which no frame came for `timeout_s`, is a dead worker: every attempt that uses it is told
+at once. Knows nothing of HTTP, prompts or money.
+"""
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+
+import msgspec
+
+from cluster.controller import WorkerInfo
+from workers.messages import Abort, Frame, Hello, Load, ToWorker, Update
+from workers.server import pack, read_body
+
+log = logging.getLogger(__name__)
+
+RECONNECT_S = 0.2
+_decoder = msgspec.msgpack.Decoder(Frame)
+
+Pair = tuple[tuple[str, int], tuple[str, int]]  # (prefill worker, epoch), (decode worker, epoch)
+
+
+class WorkerLost(msgspec.Struct, frozen=True):
+    """Put into an attempt's queue when a worker it uses has gone."""
+
+    worker: str
+
+
+class Connection:
+    """One worker. `assigned_tokens` are prompt tokens sent to it that its last load frame did not show yet."""
+
+    def __init__(self, info: WorkerInfo) -> None:
+        self.info = info
+        self.load = Load()
+        self.assigned_tokens = 0
+        self.alive = False
+        self.task: asyncio.Task[None] | None = None
+        self._writer: asyncio.StreamWriter | None = None
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.info.worker, self.info.epoch
+
+    async def open(self, hello: Hello) -> asyncio.StreamReader:
+        reader, self._writer = await asyncio.open_connection(self.info.host, self.info.port)
+        self._writer.write(pack(hello))
+        return reader
+
+    def send(self, message: ToWorker) -> None:
+        if self._writer is not None:
+            self._writer.write(pack(message))
+
+    async def close(self) -> None:
+        self.alive = False
+        if self._writer is not None:
+            self._writer.close()
+            with contextlib.suppress(OSError):
+                await self._writer.wait_closed()
+            self._writer = None
+
+
+class Fleet:
+    """Keeps one connection to each member and hands each update to the attempt it belongs to."""
+
+    def __init__(self, *, gateway: str, secret: str, timeout_s: float) -> None:
+        self.connections: dict[str, Connection] = {}
+        self.proven: set[Pair] = set()
+        self.changed = asyncio.Event()  # set whenever a worker or a pair has come or gone
+        self.on_load: Callable[[str, str, Load], None] = lambda worker, role, load: None
+        self.on_gone: Callable[[str], None] = lambda worker: None
+        self._hello = Hello(gateway=gateway, secret=secret)
+        self._timeout_s = timeout_s
+        self._attempts: dict[str, tuple[asyncio.Queue[Update | WorkerLost], frozenset[str]]] = {}
+
+    def alive(self, role: str) -> list[Connection]:
+        """Workers of a role that answer, in a fixed order."""
+        found = (c for c in self.connections.values() if c.alive and c.info.role == role)
+        return sorted(found, key=lambda c: c.info.worker)
+
+    def linked_pairs(self) -> set[Pair]:
+        """Pairs whose two workers are alive and hold a link to each other."""
+        decodes = {c.key for c in self.alive("decode")}
+        return {
+            (p.key, (worker, epoch))
+            for p in self.alive("prefill")
+            for worker, epoch in p.load.peers
+            if (worker, epoch) in decodes
+        }
+
+    def routable_pairs(self) -> set[Pair]:
+        """Linked pairs through which a real token has gone."""
+        return self.linked_pairs() & self.proven
+
+    def set_members(self, members: list[WorkerInfo]) -> None:
+        """Connects to the new members and lets go of those that have left."""
+        wanted = {(info.worker, info.epoch): info for info in members}
+        for connection in list(self.connections.values()):
+            if connection.key not in wanted and connection.task is not None:
+                connection.task.cancel()
+                del self.connections[connection.info.worker]
+        for (worker, _), info in wanted.items():
+            if worker not in self.connections:
+                connection = self.connections[worker] = Connection(info)
+                connection.task = asyncio.create_task(self._keep(connection))
+
+    def begin(self, attempt: str, workers: frozenset[str]) -> asyncio.Queue[Update | WorkerLost]:
+        """Opens the queue into which the updates of an attempt go, whichever worker they come from."""
+        queue: asyncio.Queue[Update | WorkerLost] = asyncio.Queue()
+        self._attempts[attempt] = queue, workers
+        return queue
+
+    def end(self, attempt: str, *, abort: bool) -> None:
+        """Closes the attempt's queue; with `abort` its workers are told to stop."""
+        _, workers = self._attempts.pop(attempt)
+        if abort:
+            for worker in workers:
+                if worker in self.connections:
+                    self.connections[worker].send(Abort(attempt))
+
+    async def close(self) -> None:
+        tasks = [c.task for c in self.connections.values() if c.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _keep(self, connection: Connection) -> None:
+        """Connects, listens, and connects again until the worker is no longer a member."""
+        try:
+            while True:
+                try:
+                    await self._listen(connection)
+                except (OSError, asyncio.IncompleteReadError, msgspec.MsgspecError) as error:
+                    if connection.alive:
+                        log.warning(
+                            "lost worker %s: %s", connection.info.worker, error or type(error).__name__
+                        )
+                await self._gone(connection)
+                await asyncio.sleep(RECONNECT_S)
+        finally:
+            await self._gone(connection)
+
+    async def _listen(self, connection: Connection) -> None:
+        async with asyncio.timeout(self._timeout_s):
+            reader = await connection.open(self._hello)
+        while True:
+            async with asyncio.timeout(self._timeout_s):  # TimeoutError is an OSError
+                frame = _decoder.decode(await read_body(reader))
+            self._take(connection, frame)
+
+    def _take(self, connection: Connection, frame: Frame) -> None:
+        if (frame.worker, frame.epoch) != connection.key:
+            raise ConnectionError(f"another worker answers here: {frame.worker} of epoch {frame.epoch}")
+        pairs_changed = frame.load.peers != connection.load.peers
+        connection.load = frame.load
+        connection.assigned_tokens = 0
+        self.on_load(connection.info.worker, connection.info.role, frame.load)
+        if pairs_changed or not connection.alive:
+            connection.alive = True
+            self.changed.set()
+        for update in frame.updates:
+            attempt = self._attempts.get(update.request_id)
+            if attempt is not None:
+                attempt[0].put_nowait(update)
+
+    async def _gone(self, connection: Connection) -> None:
+        was_alive = connection.alive
+        await connection.close()
+        if was_alive:
+            worker = connection.info.worker
+            for queue, workers in self._attempts.values():
+                if worker in workers:
+                    queue.put_nowait(WorkerLost(worker))
+            self.proven = {pair for pair in self.proven if connection.key not in pair}
+            self.on_gone(worker)
+            self.changed.set()

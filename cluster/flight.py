@@ -1,0 +1,210 @@
+"""One request from admission to its last token: route, reserve, prefill, stream, and start again where a worker is lost.
+
+Every emitted token id is journaled, so that another attempt prefills prompt + emitted tokens and the stream goes on at the
+next one: none lost, none twice. Knows token ids only; nothing of HTTP, text or money.
+"""
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, field
+
+from cluster.errors import ContextTooLong, Overloaded, WorkersLost
+from cluster.fleet import Connection, Fleet, WorkerLost
+from cluster.prefix_directory import PrefixDirectory
+from cluster.router import Costs, Route, RouteRequest, WorkerView, choose
+from workers.messages import Failed, Landed, Prefill, Reserve, Ticketed, Tokens, Update
+from workers.request import SamplingParams, TokenLogprobs
+
+MAX_RESTARTS = 8
+ROUTE_WAIT_S = 15.0  # how long a request waits for a routable pair before it is refused
+
+
+@dataclass
+class Timing:
+    """Seconds; what a first token's latency is made of."""
+
+    admitted_at: float = field(default_factory=time.monotonic)
+    queue: float = 0.0
+    prefill: float = 0.0
+    ship: float = 0.0  # first token to landed
+    first_token: float = 0.0  # admission to first token at the gateway
+
+
+@dataclass(eq=False)
+class Flight:
+    """What is asked for and what has happened so far. `emitted` is the journal."""
+
+    id: str
+    prompt: list[int]
+    sampling: SamplingParams
+    namespace: bytes
+    page_hashes: list[bytes]  # of the prompt's full pages
+    pair: tuple[str, str] | None = None  # probes are pinned to one pair
+    emitted: list[int] = field(default_factory=list)
+    finish: str | None = None
+    num_quoted: int | None = None  # hit tokens promised at admission
+    num_hit: int = 0  # the better of the quote and what the workers found
+    restarts: int = 0
+    timing: Timing = field(default_factory=Timing)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Newly emitted tokens."""
+
+    tokens: list[int]
+    logprobs: list[TokenLogprobs] | None
+
+
+class _Retry(Exception):  # noqa: N818 - a signal between an attempt and the loop around it, never an error of its own
+    """This attempt is over; another one may succeed."""
+
+
+class Pilot:
+    """Runs flights over a fleet."""
+
+    def __init__(self, fleet: Fleet, costs: Costs, directory: PrefixDirectory) -> None:
+        self._fleet = fleet
+        self._costs = costs
+        self._directory = directory
+        self._numbers = itertools.count()
+        self._flights: set[Flight] = set()
+
+    @property
+    def in_progress(self) -> int:
+        """Requests that have not ended."""
+        return len(self._flights)
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens whose first token has not come yet."""
+        return sum(len(flight.prompt) for flight in self._flights if not flight.emitted)
+
+    async def fly(
+        self, flight: Flight, on_quote: Callable[[], None] = lambda: None
+    ) -> AsyncGenerator[Step, None]:
+        """Yields tokens until flight.finish is set. Raises ApiError when the request cannot be served.
+
+        `on_quote` is called once, when flight.num_quoted is known.
+        """
+        self._flights.add(flight)
+        try:
+            while flight.finish is None:
+                route = await self._route(flight)
+                if flight.num_quoted is None:
+                    flight.num_quoted = flight.num_hit = route.quote
+                    on_quote()
+                try:
+                    async with contextlib.aclosing(self._attempt(flight, route)) as steps:
+                        async for step in steps:
+                            yield step
+                except _Retry as reason:
+                    flight.restarts += 1
+                    if flight.restarts > MAX_RESTARTS:
+                        raise WorkersLost(
+                            f"gave up after {MAX_RESTARTS} restarts; the last: {reason}"
+                        ) from None
+        finally:
+            self._flights.discard(flight)
+
+    async def _route(self, flight: Flight) -> Route:
+        """Picks the workers, waiting a little for a pair to come (back)."""
+        tokens = len(flight.prompt) + len(flight.emitted)
+        deadline = time.monotonic() + ROUTE_WAIT_S
+        while True:
+            self._fleet.changed.clear()
+            pairs = self._fleet.linked_pairs() if flight.pair else self._fleet.routable_pairs()
+            names = {(p[0], d[0]) for p, d in pairs}
+            route = choose(
+                RouteRequest(num_tokens=tokens, hits=self._directory.lookup(flight.page_hashes)),
+                prefills=[_view(c) for c in self._fleet.alive("prefill")],
+                decodes=[_view(c) for c in self._fleet.alive("decode")],
+                pairs=names & {flight.pair} if flight.pair else names,
+                costs=self._costs,
+            )
+            if route is not None:
+                return route
+            if flight.pair or time.monotonic() > deadline:
+                raise Overloaded("no prefill and decode worker are ready", retry_after_s=2)
+            try:
+                async with asyncio.timeout(0.25):
+                    await self._fleet.changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _attempt(self, flight: Flight, route: Route) -> AsyncGenerator[Step, None]:
+        prefill = self._fleet.connections[route.prefill]
+        decode = self._fleet.connections[route.decode]
+        attempt = f"{flight.id}#{next(self._numbers)}"
+        queue = self._fleet.begin(attempt, frozenset({route.prefill, route.decode}))
+        work = {
+            "request_id": attempt,
+            "tokens": flight.prompt + flight.emitted,
+            "num_prompt_tokens": len(flight.prompt),
+            "sampling": flight.sampling,
+            "namespace": flight.namespace,
+        }
+        decode.send(Reserve(**work))  # type: ignore[arg-type]
+        landed = False
+        held: dict[int, Tokens] = {}  # updates that came before the one they follow
+        try:
+            while flight.finish is None:
+                match update := await queue.get():
+                    case Ticketed(ticket=ticket):
+                        self._found(flight, ticket.num_resident_tokens)
+                        prefill.assigned_tokens += len(flight.prompt) + len(flight.emitted)
+                        prefill.send(Prefill(ticket=ticket, **work))  # type: ignore[arg-type]
+                    case Tokens():
+                        held[update.start] = update
+                        while (tokens := held.pop(len(flight.emitted), None)) is not None:
+                            yield self._emit(flight, tokens)
+                    case Landed():
+                        landed = True
+                        if not flight.restarts:
+                            since = time.monotonic() - flight.timing.admitted_at
+                            flight.timing.ship = max(0.0, since - flight.timing.first_token)
+                    case _:
+                        self._check_over(update, prefill, landed=landed)
+        finally:
+            self._fleet.end(attempt, abort=flight.finish is None)
+
+    def _found(self, flight: Flight, num_cached: int) -> None:
+        """Bills the better number; what an earlier attempt of the same request left behind is no hit."""
+        if not flight.restarts:
+            flight.num_hit = max(flight.num_hit, num_cached)
+
+    def _emit(self, flight: Flight, update: Tokens) -> Step:
+        if not flight.emitted:
+            timing = flight.timing
+            timing.first_token = time.monotonic() - timing.admitted_at
+            timing.queue, timing.prefill = update.queued_s, update.prefill_s
+            self._found(flight, update.num_cached_tokens or 0)
+        flight.emitted.extend(update.tokens)
+        flight.finish = update.finish
+        return Step(update.tokens, update.logprobs)
+
+    def _check_over(self, update: Update | WorkerLost, prefill: Connection, *, landed: bool) -> None:
+        """Ends the attempt where the update says so: a lost prefill worker no longer matters once all has landed."""
+        if isinstance(update, WorkerLost):
+            if not (landed and update.worker == prefill.info.worker):
+                raise _Retry(f"worker {update.worker} was lost")
+        elif isinstance(update, Failed):
+            if not update.retry:
+                raise ContextTooLong(update.reason)
+            raise _Retry(update.reason)
+
+
+def _view(connection: Connection) -> WorkerView:
+    load = connection.load
+    return WorkerView(
+        worker=connection.info.worker,
+        queued_tokens=load.queued_tokens,
+        assigned_tokens=connection.assigned_tokens,
+        seconds_per_token=load.seconds_per_token,
+        step_seconds=load.step_seconds,
+        running=load.running + load.waiting,
+        available_pages=load.free_pages + load.cached_pages,
+    )

@@ -1,0 +1,155 @@
+"""The gateway: one Serve replica that takes HTTP requests and runs them over the fleet of workers.
+
+It keeps its own copy of membership and of the prefix directory, fed by the controller, so that no call to another process
+lies between a request and its route. Undecorated: `cluster.app` makes the deployment.
+"""
+
+import asyncio
+import logging
+import secrets
+from pathlib import Path
+from typing import Any
+
+import ray
+from starlette.types import ASGIApp
+
+from cluster.api import Api, ClusterState
+from cluster.billing import Books
+from cluster.config import ClusterConfig
+from cluster.controller import ACTOR_NAME, NAMESPACE, WatchUpdate
+from cluster.errors import ApiError
+from cluster.fleet import Fleet, Pair
+from cluster.flight import Flight, Pilot
+from cluster.metrics import Metrics
+from cluster.prefix_directory import PrefixDirectory
+from cluster.prices import PriceBook
+from cluster.router import Costs
+from cluster.schemas import Limits
+from cluster.tokenizer import Tokenizer
+from kernels.layout import PAGE_SIZE
+from workers.model_config import ModelConfig
+from workers.request import SamplingParams
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 10.0
+PROBE_TOKENS = PAGE_SIZE + 2  # a full page and a part of one
+PROBE_TIMEOUT_S = 60.0
+
+
+class Gateway:
+    """Everything the route handlers of `cluster.api` need, and the tasks that keep it fresh."""
+
+    def __init__(self, config: ClusterConfig, secret: str, *_: Any) -> None:
+        # The worker deployments come as further arguments only so that Serve knows them as parts of this application.
+        assert config.model is not None
+        self._controller = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+        model = ModelConfig.load(Path(config.model))
+        self._tokenizer = Tokenizer(Path(config.model))
+        self._metrics = Metrics()
+        self._directory = PrefixDirectory()
+        self._books = Books(self._controller, PriceBook.load(), config.price_entry)
+        self._fleet = Fleet(
+            gateway=f"gateway-{secrets.token_hex(4)}",
+            secret=secret,
+            timeout_s=config.gateway.worker_timeout_s,
+        )
+        self._fleet.on_load = self._metrics.observe_load
+        self._fleet.on_gone = self._metrics.forget
+        layout = model.cache_layout(config.prefill.engine.precision == "fp8")
+        costs = Costs(bytes_per_token=layout.token_bytes * model.num_hidden_layers)
+        self._pilot = Pilot(self._fleet, costs, self._directory)
+        self._limits = Limits(
+            max_context=min(
+                engine.max_context or model.max_position_embeddings
+                for engine in (config.prefill.engine, config.decode.engine)
+            ),
+            vocab_size=model.vocab_size,
+        )
+        self._config = config
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Called by Serve on the replica's own event loop once the constructor is done."""
+        self._tasks = [
+            asyncio.create_task(work)
+            for work in (self._watch(), self._prove_pairs(), self._books.settle_forever())
+        ]
+        api = Api(
+            self._config,
+            limits=self._limits,
+            tokenizer=self._tokenizer,
+            pilot=self._pilot,
+            books=self._books,
+            metrics=self._metrics,
+            state=self.state,
+        )
+        return api.app()
+
+    def check_health(self) -> None:
+        """Serve's health check: a background task that has ended took the gateway's eyes with it."""
+        for task in self._tasks:
+            if task.done():
+                raise RuntimeError(f"a task of the gateway has ended: {task!r}")
+
+    def state(self) -> ClusterState:
+        """Ready: there is a pair, every worker is part of one, and a real token has gone through all of them."""
+        linked, proven = self._fleet.linked_pairs(), self._fleet.routable_pairs()
+        paired = {key for pair in linked for key in pair}
+        connections = self._fleet.connections.values()
+        return ClusterState(
+            ready=bool(linked) and linked == proven and all(c.key in paired for c in connections),
+            pairs={f"{pair[0][0]} -> {pair[1][0]}": pair in proven for pair in sorted(linked)},
+            workers=sorted((c.info for c in connections), key=lambda info: info.worker),
+        )
+
+    async def _watch(self) -> None:
+        """Follows the controller. While it is away, routing goes on with the last state."""
+        version = -1
+        while True:
+            try:
+                update: WatchUpdate = await self._controller.watch.remote(version, WATCH_S)
+            except ray.exceptions.RayError as error:
+                log.warning("controller unreachable: %s", error)
+                await asyncio.sleep(0.5)
+                version = -1
+                continue
+            version = update.version
+            self._directory.follow(update.changes, [info.worker for info in update.members])
+            self._fleet.set_members(update.members)
+
+    async def _prove_pairs(self) -> None:
+        """Sends a short request through each new pair; only then is it routable."""
+        busy: dict[Pair, asyncio.Task[None]] = {}
+        while True:
+            for pair in self._fleet.linked_pairs() - self._fleet.proven:
+                if pair not in busy or busy[pair].done():
+                    busy[pair] = asyncio.create_task(self._probe(pair))
+            self._fleet.changed.clear()
+            try:
+                async with asyncio.timeout(0.5):
+                    await self._fleet.changed.wait()
+            except TimeoutError:
+                continue
+
+    async def _probe(self, pair: Pair) -> None:
+        (prefill, _), (decode, _) = pair
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        flight = Flight(
+            id=f"probe-{secrets.token_hex(8)}",
+            prompt=[2 + i % 7 for i in range(PROBE_TOKENS)],
+            sampling=sampling,
+            namespace=secrets.token_bytes(16),  # no earlier probe's pages: the caches are really shipped
+            page_hashes=[],
+            pair=(prefill, decode),
+        )
+        try:
+            async with asyncio.timeout(PROBE_TIMEOUT_S):
+                async for _step in self._pilot.fly(flight):
+                    pass
+        except (ApiError, TimeoutError) as error:
+            log.warning("no token through %s -> %s yet: %s", prefill, decode, error)
+            await asyncio.sleep(0.5)
+            return
+        self._fleet.proven.add(pair)
+        self._fleet.changed.set()

@@ -1,0 +1,149 @@
+"""Text to token ids and back, over a byte-level tokenizer.json. Knows nothing of chats, HTTP or requests.
+
+Special tokens are never seen in plain text, only where a piece of a prompt is marked as one. The way back is incremental: a
+`Detokenizer` gives out text that is final, whatever the tokens' boundaries cut through.
+"""
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from cluster.chat_encoding import BOS, EOS, THINK, THINK_END, Piece
+
+
+class Tokenizer:
+    """Reads `folder`/tokenizer.json. Raises ValueError where it is not a byte-level BPE with DeepSeek's special tokens."""
+
+    def __init__(self, folder: str | Path) -> None:
+        path = Path(folder) / "tokenizer.json"
+        spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
+            raise ValueError(f"{path}: model and decoder must be BPE and ByteLevel")
+        added = spec["added_tokens"]
+        self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        for name in (BOS, EOS, THINK, THINK_END):
+            if name not in self._special_ids:
+                raise ValueError(f"{path}: added_tokens has no {name}")
+        self.bos_id = self._special_ids[BOS]
+        self.eos_id = self._special_ids[EOS]
+        self.think_id = self._special_ids[THINK]
+        self.think_end_id = self._special_ids[THINK_END]
+        self._specials = re.compile("(" + "|".join(map(re.escape, self._special_ids)) + ")")
+        self._bytes = _token_bytes(spec["model"]["vocab"], self._special_ids)
+        self._hidden = frozenset(token["id"] for token in added if token["special"])
+        # Without its added tokens the library sees plain text everywhere; `encode` puts the special ones in.
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest id."""
+        return len(self._bytes)
+
+    def encode(self, pieces: Iterable[Piece]) -> list[int]:
+        """Token ids. Raises KeyError for a special piece that is no special token."""
+        ids: list[int] = []
+        for text, special in pieces:
+            if special:
+                ids.append(self._special_ids[text])
+            else:
+                ids += self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """A raw prompt, in which special tokens are what their names say; it begins with BOS in any case."""
+        parts = self._specials.split(text)  # plain and special in turns
+        ids = self.encode(Piece(part, index % 2 == 1) for index, part in enumerate(parts))
+        return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
+
+    def token_bytes(self, token: int) -> bytes:
+        """What a token stands for, special ones by name; empty for an id that the tokenizer does not use."""
+        return self._bytes[token] if token < len(self._bytes) else b""
+
+    def text_bytes(self, token: int) -> bytes:
+        """As `token_bytes`, but tokens that the file calls special (BOS, EOS) are no text and give nothing."""
+        return b"" if token in self._hidden else self.token_bytes(token)
+
+
+class Detokenizer:
+    """Token ids to text, one token at a time, in constant time per byte.
+
+    Half a character is held back until the rest comes, and so is what may become a stop string. All the text together is
+    that of decoding all the tokens at once, up to the first stop string to be complete.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer = tokenizer
+        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
+        self._stops = [_StopString(text) for text in stop]
+        self._held = ""  # a beginning of a stop string
+        self.stopped = False  # a stop string was found; nothing more comes out
+
+    def push(self, token: int) -> str:
+        """The text that is final now."""
+        return self._release(self._characters.decode(self._tokenizer.text_bytes(token)))
+
+    def finish(self) -> str:
+        """What was held back; bytes that never became a character come as U+FFFD."""
+        text = self._release(self._characters.decode(b"", final=True))
+        held, self._held = self._held, ""
+        return text + held
+
+    def _release(self, text: str) -> str:
+        if self.stopped:
+            return ""
+        if not self._stops:
+            return text
+        text, start = self._held + text, len(self._held)
+        for end in range(start + 1, len(text) + 1):
+            found = [len(stop.text) for stop in self._stops if stop.advance(text[end - 1])]
+            if found:
+                self.stopped, self._held = True, ""
+                return text[: end - max(found)]
+        final = len(text) - max(stop.matched for stop in self._stops)
+        self._held = text[final:]
+        return text[:final]
+
+
+class _StopString:
+    """Finds one string in a stream of characters (Knuth, Morris and Pratt)."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.matched = 0  # how much of `text` the stream ends with
+        self._shorter = [0] * (len(text) + 1)  # the next shorter beginning that a beginning ends with
+        for end in range(1, len(text)):
+            self._shorter[end + 1] = self._next(self._shorter[end], text[end])
+
+    def advance(self, character: str) -> bool:
+        """Whether the string is complete with this character."""
+        self.matched = self._next(self.matched, character)
+        return self.matched == len(self.text)
+
+    def _next(self, matched: int, character: str) -> int:
+        while matched and self.text[matched] != character:
+            matched = self._shorter[matched]
+        return matched + (self.text[matched] == character)
+
+
+def _token_bytes(vocab: dict[str, int], special: dict[str, int]) -> list[bytes]:
+    """By id. A byte-level vocabulary writes each byte as one character; a special token's name is itself."""
+    byte_of = _byte_of_character()
+    table = [b""] * (max(*vocab.values(), *special.values()) + 1)
+    for token, index in vocab.items():
+        if token not in special:
+            table[index] = bytes(byte_of[character] for character in token)
+    for token, index in special.items():
+        table[index] = token.encode()
+    return table
+
+
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes follow from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}

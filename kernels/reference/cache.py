@@ -1,0 +1,82 @@
+"""Writes and reads the two paged caches, byte for byte as `kernels.layout` says. Knows nothing of who owns a page.
+
+A slot is page x 64 + offset. Latent pages are uint8 [P, 64, latent_row_bytes], index pages uint8 [P, index_page_bytes], both
+contiguous. Reading a slot outside 0 .. P x 64 - 1 gives zeros; writing takes valid, distinct slots only.
+"""
+
+import torch
+
+from kernels.layout import PAGE_SIZE, CacheLayout
+from kernels.reference.quant import dequantize_blocks, quantize_blocks
+
+
+def write_latents(
+    pages: torch.Tensor, slots: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, layout: CacheLayout
+) -> None:
+    """slots int64 [T], latent [T, latent_dim], k_pe [T, rope_dim] (already roped). k_pe is stored as bf16 if quantised."""
+    if layout.quantized:
+        values, scales = quantize_blocks(latent)
+        parts = (values, scales, k_pe.to(torch.bfloat16))
+    else:
+        parts = (latent.float(), k_pe.float())
+    row_bytes = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
+    pages.view(-1, layout.latent_row_bytes).index_copy_(0, slots, row_bytes)
+
+
+def write_index_keys(
+    pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, layout: CacheLayout
+) -> None:
+    """slots int64 [T], keys [T, index_dim] (already roped and Hadamard-transformed)."""
+    where = (slots // PAGE_SIZE, slots % PAGE_SIZE)
+    if layout.quantized:
+        values, scales = quantize_blocks(keys)
+        _index_key_bytes(pages, layout)[where] = values.view(torch.uint8)
+        _index_scales(pages, layout)[where] = scales
+    else:
+        _index_key_bytes(pages, layout)[where] = keys.float().contiguous().view(torch.uint8)
+
+
+def read_latents(pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
+    """slots int [...] -> fp32 [..., latent_dim + rope_dim], dequantised."""
+    rows = _take(pages.view(-1, layout.latent_row_bytes), slots.flatten())
+    if layout.quantized:
+        values, scales, k_pe = rows.split(
+            (layout.latent_dim, layout.latent_scale_bytes, 2 * layout.rope_dim), dim=-1
+        )
+        latent = dequantize_blocks(values.view(torch.float8_e4m3fn), scales.view(torch.float32))
+        out = torch.cat((latent, k_pe.view(torch.bfloat16).float()), dim=-1)
+    else:
+        out = rows.view(torch.float32)
+    return out.view(*slots.shape, -1)
+
+
+def read_index_keys(pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
+    """slots int [...] -> fp32 [..., index_dim], dequantised."""
+    page_ids, which = (slots // PAGE_SIZE).unique(return_inverse=True)
+    return read_index_pages(pages, page_ids, layout)[which, slots % PAGE_SIZE]
+
+
+def read_index_pages(pages: torch.Tensor, page_ids: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
+    """page_ids int [n] -> fp32 [n, 64, index_dim], dequantised; zeros for a page that is not there."""
+    taken = _take(pages, page_ids)
+    keys = _index_key_bytes(taken, layout)
+    if layout.quantized:
+        return dequantize_blocks(keys.view(torch.float8_e4m3fn), _index_scales(taken, layout))
+    return keys.view(torch.float32)
+
+
+def _take(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+    """Rows of a uint8 table, zeros where the index is outside it. Bytes of zero are zero in every layout."""
+    invalid = (indices < 0) | (indices >= len(table))
+    taken = table.index_select(0, indices.masked_fill(invalid, 0))
+    return taken.index_fill_(0, invalid.nonzero().squeeze(1), 0)
+
+
+def _index_key_bytes(pages: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
+    """A view of index pages, uint8 [P, 64, index_key_bytes]."""
+    return pages[:, : PAGE_SIZE * layout.index_key_bytes].unflatten(1, (PAGE_SIZE, -1))
+
+
+def _index_scales(pages: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
+    """A view of index pages, fp32 [P, 64, index_dim / 128]."""
+    return pages[:, PAGE_SIZE * layout.index_key_bytes :].view(torch.float32).unflatten(1, (PAGE_SIZE, -1))

@@ -1,0 +1,176 @@
+"""The lightning indexer: scores every visible token for each query row and selects the best. Knows nothing of MLA.
+
+The score of a row and a key comes from matrix products of one fixed shape, so on a CPU its bits depend neither on the batch, nor
+on how rows are chunked, nor on the length of the context.
+"""
+
+import functools
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+from kernels.layout import PAGE_SIZE, CacheLayout
+from kernels.reference.cache import read_index_pages
+from kernels.reference.quant import dequantize_blocks, quantize_blocks
+from kernels.reference.topk import top_k
+from kernels.rows import Rows
+
+QUERY_TILE = 32  # (row, head) pairs multiplied at once, or the heads of one row if they are more
+KEY_TILE = 512
+KEY_TILES_AT_ONCE = 8  # their logits stay in the CPU's cache
+CHUNK_BYTES = 16 * 2**20  # what the scores of some rows may take, whatever the context: decides how many rows that is
+_SCORE_BYTES = 32  # one score, and what sorting it takes
+
+
+class _Piece(NamedTuple):
+    """Rows start .. end - 1, all of one request; `length` is how many tokens those of them see that see most."""
+
+    request: int
+    start: int
+    end: int
+    length: int
+
+
+def hadamard(x: torch.Tensor) -> torch.Tensor:
+    """x [..., D], D a power of two -> same shape and dtype: Sylvester's matrix times D^-0.5, in fp32 inside."""
+    dim = x.shape[-1]
+    if dim & (dim - 1):
+        raise ValueError(f"the last dimension of x is {dim}, but a Hadamard transform needs a power of two")
+    out, half = x.float(), 1
+    while half < dim:
+        first, second = out.unflatten(-1, (-1, 2, half)).unbind(-2)
+        out = torch.stack((first + second, first - second), dim=-2).flatten(-3)
+        half *= 2
+    return (out * dim**-0.5).to(x.dtype)
+
+
+def select_tokens(
+    q: torch.Tensor,
+    weights: torch.Tensor,
+    index_pages: torch.Tensor,
+    rows: Rows,
+    topk: int,
+    layout: CacheLayout,
+) -> torch.Tensor:
+    """Each row's topk best visible tokens, by the score of `index_scores`; the lower position wins a tie.
+
+    q:           [T, H, index_dim], roped and Hadamard-transformed; quantised here if the layout is
+    weights:     fp32 [T, H], with the factors H^-0.5 and index_dim^-0.5 in them
+    index_pages: uint8 [P, index_page_bytes]
+    Returns physical slots int32 [T, topk] by ascending token position, -1 after the last: a row that sees at most topk
+    tokens takes all of them.
+    """
+    lengths = rows.positions + 1
+    visible = lengths.tolist()
+
+    @functools.lru_cache(maxsize=1)  # a long request is scored in pieces, one right after the other
+    def keys_of(request: int) -> list[torch.Tensor]:
+        start, end = rows.query_starts[request : request + 2]
+        return _key_groups(index_pages, rows.page_table[request], max(visible[start:end]), layout)
+
+    selected = torch.empty(len(q), topk, dtype=torch.int32, device=q.device)
+    for pieces in _chunks(rows, visible):
+        chunk = slice(pieces[0].start, pieces[-1].end)
+        width = max(piece.length for piece in pieces)
+        scores = q.new_zeros(chunk.stop - chunk.start, width, dtype=torch.float32)
+        for piece in pieces:
+            if piece.length > topk:  # else all of its tokens are taken, whatever their scores
+                own = slice(piece.start, piece.end)
+                target = scores[piece.start - chunk.start : piece.end - chunk.start, : piece.length]
+                _score(_as_cached(q[own], layout), weights[own], keys_of(piece.request), out=target)
+        picks = top_k(scores, lengths[chunk], topk)
+        owners = [piece.request for piece in pieces for _ in range(piece.start, piece.end)]
+        selected[chunk] = _slots(picks, rows.page_table, owners)
+    return selected
+
+
+def index_scores(
+    q: torch.Tensor, weights: torch.Tensor, index_pages: torch.Tensor, rows: Rows, layout: CacheLayout
+) -> torch.Tensor:
+    """The scores of one request's rows: sum over heads of weights * relu(q . key), fp32 [T, L], -inf where not visible.
+
+    Arguments as for select_tokens; L is what the row that sees most sees. ValueError unless `rows` is one request.
+    """
+    if len(rows.query_starts) != 2:
+        raise ValueError(f"rows holds {len(rows.query_starts) - 1} requests, but index_scores takes one")
+    length = int(rows.positions.max()) + 1
+    scores = q.new_empty(len(q), length, dtype=torch.float32)
+    keys = _key_groups(index_pages, rows.page_table[0], length, layout)
+    _score(_as_cached(q, layout), weights, keys, out=scores)
+    hidden = torch.arange(length, device=q.device) > rows.positions.unsqueeze(1)
+    return scores.masked_fill_(hidden, -torch.inf)
+
+
+def _chunks(rows: Rows, visible: list[int]) -> Iterator[list[_Piece]]:
+    """All rows in order, as many at a time as CHUNK_BYTES allow. `visible`: how many tokens each row sees."""
+    chunk: list[_Piece] = []
+    for piece in _pieces(rows, visible):
+        longest = max(other.length for other in (*chunk, piece))
+        if chunk and (piece.end - chunk[0].start) * longest > CHUNK_BYTES // _SCORE_BYTES:
+            yield chunk
+            chunk = []
+        chunk.append(piece)
+    if chunk:
+        yield chunk
+
+
+def _pieces(rows: Rows, visible: list[int]) -> Iterator[_Piece]:
+    for request, (start, end) in enumerate(itertools.pairwise(rows.query_starts)):
+        while start < end:
+            step = max(1, CHUNK_BYTES // _SCORE_BYTES // max(1, *visible[start:end]))
+            stop = min(start + step, end)
+            yield _Piece(request, start, stop, max(visible[start:stop]))
+            start = stop
+
+
+def _as_cached(q: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
+    return dequantize_blocks(*quantize_blocks(q)) if layout.quantized else q.float()
+
+
+def _key_groups(
+    index_pages: torch.Tensor, page_ids: torch.Tensor, length: int, layout: CacheLayout
+) -> list[torch.Tensor]:
+    """The keys of a request's first `length` tokens: fp32 [at most KEY_TILES_AT_ONCE, KEY_TILE, index_dim] each.
+
+    Zeros where it has no page; after the last of its tokens the last page may hold anything.
+    """
+    pages_a_tile = KEY_TILE // PAGE_SIZE
+    used = page_ids[: -(-length // PAGE_SIZE)]
+    tiles = F.pad(used, (0, -len(used) % pages_a_tile), value=-1).split(pages_a_tile * KEY_TILES_AT_ONCE)
+    return [read_index_pages(index_pages, tile, layout).view(-1, KEY_TILE, layout.index_dim) for tile in tiles]
+
+
+def _score(q: torch.Tensor, weights: torch.Tensor, key_groups: list[torch.Tensor], *, out: torch.Tensor) -> None:
+    """q fp32 [t, H, D], weights fp32 [t, H]; fills out fp32 [t, L] with the scores of the first L keys, nothing masked."""
+    num_rows, heads, _ = q.shape
+    tile = max(1, QUERY_TILE // heads)
+    pad = -num_rows % tile
+    queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).flatten(1, 2)
+    factors = F.pad(weights, (0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).unsqueeze(-1)
+    targets = out.split(tile)
+    for keys, columns in zip(key_groups, range(0, out.shape[1], KEY_TILE * KEY_TILES_AT_ONCE), strict=False):
+        needed = -(-(out.shape[1] - columns) // KEY_TILE)
+        for query, factor, target in zip(queries, factors, targets, strict=True):
+            scores = _score_tile(query, factor, keys[:needed])
+            part = target[:, columns : columns + scores.shape[1]]
+            part.copy_(scores[: part.shape[0], : part.shape[1]])
+
+
+def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """query [H x rows, D], factor [H, rows, 1], keys [n, KEY_TILE, D] -> [rows, n x KEY_TILE]."""
+    logits = torch.bmm(query.expand(len(keys), -1, -1), keys.transpose(1, 2)).relu_()
+    by_head = logits.unflatten(1, factor.shape[:2]).mul_(factor).unbind(1)
+    total = by_head[0]
+    for head in by_head[1:]:  # not sum(): its order of addition may depend on the shape
+        total.add_(head)
+    return total.transpose(0, 1).flatten(1)
+
+
+def _slots(picks: torch.Tensor, page_table: torch.Tensor, owners: list[int]) -> torch.Tensor:
+    """Positions int32 [t, topk] -> physical slots of the request that owns each row; -1 stays."""
+    owner = torch.tensor(owners, device=picks.device).unsqueeze(1)
+    pages = page_table[owner, picks.clamp(min=0) // PAGE_SIZE]
+    return (pages * PAGE_SIZE + picks % PAGE_SIZE).masked_fill_(picks < 0, -1)

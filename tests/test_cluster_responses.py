@@ -1,0 +1,180 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai.types import Completion, Model
+from openai.types.chat import ChatCompletion, ChatCompletionChunk
+
+from cluster.chat_encoding import Piece
+from cluster.output import Delta
+from cluster.responses import (
+    ChatLogprobsWriter,
+    ChatReply,
+    CompletionLogprobsWriter,
+    CompletionReply,
+    ModelCard,
+    ModelList,
+    Timing,
+    Usage,
+    encode,
+    sse,
+)
+from cluster.tokenizer import Tokenizer
+from workers.request import TokenLogprobs
+from workers.tiny import build_tokenizer
+
+USAGE = Usage.of(
+    hit_tokens=128, miss_tokens=72, output_tokens=10, reasoning_tokens=4, cost_nanodollars=1_234_567_890
+)
+TIMING = Timing(queue=0.1, prefill=0.2, ship=0.3, first_token=0.4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder: Path = tmp_path_factory.mktemp("tokenizer")
+    build_tokenizer(400).save(str(folder / "tokenizer.json"))
+    return Tokenizer(folder)
+
+
+def _chat(*, include_usage: bool = False) -> ChatReply:
+    return ChatReply(id="chatcmpl-1", model="m", created=7, include_usage=include_usage)
+
+
+def _completion(*, include_usage: bool = False) -> CompletionReply:
+    return CompletionReply(id="cmpl-1", model="m", created=7, include_usage=include_usage)
+
+
+def _event(data: bytes) -> dict[str, Any]:
+    assert data.startswith(b"data: ")
+    assert data.endswith(b"\n\n")
+    event: dict[str, Any] = json.loads(data[6:])
+    return event
+
+
+def test_usage() -> None:
+    assert json.loads(encode(USAGE)) == {
+        "prompt_tokens": 200,
+        "completion_tokens": 10,
+        "total_tokens": 210,
+        "prompt_cache_hit_tokens": 128,
+        "prompt_cache_miss_tokens": 72,
+        "prompt_tokens_details": {"cached_tokens": 128},
+        "completion_tokens_details": {"reasoning_tokens": 4},
+        "cost": "1.234567890",
+        "cost_nanodollars": 1_234_567_890,
+    }
+
+
+def test_a_whole_chat_completion() -> None:
+    body = _chat().whole(Delta("why", "because"), "stop", USAGE, TIMING)
+    assert json.loads(body) == {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 7,
+        "model": "m",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "because", "reasoning_content": "why"},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": json.loads(encode(USAGE)),
+        "timing": {"queue": 0.1, "prefill": 0.2, "ship": 0.3, "first_token": 0.4},
+    }
+    ChatCompletion.model_validate_json(body, strict=True)
+    plain = json.loads(_chat().whole(Delta("", "x"), "length", USAGE, TIMING))
+    assert "reasoning_content" not in plain["choices"][0]["message"]
+
+
+def test_a_streamed_chat_completion() -> None:
+    reply = _chat(include_usage=True)
+    events = [
+        _event(data)
+        for data in (
+            reply.start(),
+            reply.delta(Delta("why", "")),
+            reply.delta(Delta("", "because")),
+            reply.end("stop"),
+            reply.usage(USAGE, TIMING),
+        )
+    ]
+    for event in events:
+        ChatCompletionChunk.model_validate(event)
+        assert event["object"] == "chat.completion.chunk"
+    *chunks, last = events
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {"reasoning_content": "why"},
+        {"content": "because"},
+        {},
+    ]
+    assert [chunk["choices"][0]["finish_reason"] for chunk in chunks] == [None, None, None, "stop"]
+    assert [chunk["usage"] for chunk in chunks] == [None] * 4
+    assert last["choices"] == []
+    assert last["usage"]["total_tokens"] == 210
+    assert last["timing"]["first_token"] == 0.4
+    assert "usage" not in _event(_chat().start())
+
+
+def test_completions() -> None:
+    body = _completion().whole(Delta("", "text"), "length", USAGE, TIMING)
+    assert Completion.model_validate_json(body, strict=True).choices[0].text == "text"
+    reply = _completion(include_usage=True)
+    events = [
+        _event(reply.delta(Delta("", "a"))),
+        _event(reply.end("stop")),
+        _event(reply.usage(USAGE, TIMING)),
+    ]
+    assert {event["object"] for event in events} == {"text_completion"}
+    assert events[0]["choices"] == [{"index": 0, "text": "a", "logprobs": None, "finish_reason": None}]
+    assert events[1]["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]
+    assert events[2]["choices"] == []
+
+
+def test_chat_logprobs(tokenizer: Tokenizer) -> None:
+    euro = tokenizer.encode([Piece("€", False)])[0]
+    (a,) = tokenizer.encode([Piece("a", False)])
+    found = ChatLogprobsWriter(tokenizer).write(
+        [a, euro], [TokenLogprobs(-0.5, [(a, -0.5), (euro, -1.5)]), TokenLogprobs(float("-inf"), [])]
+    )
+    reply = json.loads(_chat().whole(Delta("", "a"), "stop", USAGE, TIMING, found))
+    ChatCompletion.model_validate(reply)
+    spelled = {"token": r"bytes:\xe2", "bytes": [0xE2]}
+    assert reply["choices"][0]["logprobs"]["content"] == [
+        {
+            "token": "a",
+            "logprob": -0.5,
+            "bytes": [97],
+            "top_logprobs": [{"token": "a", "logprob": -0.5, "bytes": [97]}, {**spelled, "logprob": -1.5}],
+        },
+        {**spelled, "logprob": -9999.0, "top_logprobs": []},
+    ]
+
+
+def test_completion_logprobs_count_the_characters_before_each_token(tokenizer: Tokenizer) -> None:
+    tokens = [*tokenizer.encode([Piece("ab€c", False)]), tokenizer.eos_id, tokenizer.eos_id]
+    entries = [TokenLogprobs(-1.0, [(tokens[0], -0.25)]) for _ in tokens]
+    writer = CompletionLogprobsWriter(tokenizer)
+    halves = [writer.write(tokens[:3], entries[:3]), writer.write(tokens[3:], entries[3:])]
+    assert [offset for half in halves for offset in half.text_offset] == [0, 1, 2, 2, 2, 3, 4, 4]
+    assert halves[0].tokens == ["a", "b", r"bytes:\xe2"]
+    assert halves[0].top_logprobs[:2] == [{"a": -1.0}, {"a": -0.25, "b": -1.0}]
+    body = _completion().whole(Delta("", "ab€c"), "stop", USAGE, TIMING, halves[0])
+    Completion.model_validate_json(body, strict=True)
+
+
+def test_models() -> None:
+    models = ModelList(data=[ModelCard(id="m", created=7, max_model_len=1000, vocab_size=512)])
+    body = json.loads(encode(models))
+    assert body["object"] == "list"
+    assert Model.model_validate(body["data"][0]).owned_by == "lightship"
+
+
+def test_an_event_is_one_line_to_every_client() -> None:
+    text = "a\n\r\x0b\x0c\x1c\x85\u2028\u2029\N{GRINNING FACE}"
+    data = sse(json.dumps({"text": text}, ensure_ascii=False).encode())
+    assert len(data.decode().splitlines()) == 2
+    assert _event(data) == {"text": text}

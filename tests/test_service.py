@@ -1,0 +1,334 @@
+"""The whole service as a user starts it: two prefill and two decode workers on a local Ray, over HTTP."""
+
+import asyncio
+import contextlib
+import hashlib
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from cluster.ledger import verify
+from workers.model_config import ModelConfig
+from workers.tiny import write_tiny
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(420)]
+ROOT = Path(__file__).resolve().parent.parent
+KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta"}
+PAGES = 320
+
+
+@dataclass
+class Service:
+    url: str
+    ledger: str
+    process: subprocess.Popen[bytes]
+    token_bytes: int
+
+    def client(self, tenant: str = "alpha") -> httpx.Client:
+        return httpx.Client(base_url=self.url, headers=_authorization(tenant), timeout=60)
+
+    def async_client(self, tenant: str = "alpha") -> httpx.AsyncClient:
+        limits = httpx.Limits(max_connections=200, max_keepalive_connections=0)
+        return httpx.AsyncClient(
+            base_url=self.url, headers=_authorization(tenant), timeout=120, limits=limits
+        )
+
+    def metrics(self) -> dict[str, dict[str, float]]:
+        """Metric name -> {"role/worker" or "": value}."""
+        values: dict[str, dict[str, float]] = {}
+        for family in text_string_to_metric_families(httpx.get(f"{self.url}/metrics", timeout=10).text):
+            for sample in family.samples:
+                who = "/".join(sample.labels[k] for k in ("role", "worker") if k in sample.labels)
+                by_worker = values.setdefault(sample.name, {})
+                by_worker[who] = by_worker.get(who, 0.0) + sample.value
+        return values
+
+    def workers(self) -> dict[str, int]:
+        """Worker -> process id."""
+        answer = httpx.get(f"{self.url}/ready", timeout=10).json()
+        return {info["worker"]: info["pid"] for info in answer["workers"]}
+
+    def wait_ready(self, pairs: int = 4, timeout: float = 90) -> None:
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            with contextlib.suppress(httpx.HTTPError):
+                answer = httpx.get(f"{self.url}/ready", timeout=5)
+                if answer.status_code == 200 and len(answer.json()["pairs"]) == pairs:
+                    return
+            time.sleep(0.2)
+        raise AssertionError(f"not ready after {timeout} s")
+
+    def wait_idle(self, timeout: float = 30) -> None:
+        """Until no worker holds a page or a request."""
+        deadline = time.monotonic() + timeout
+        while time.monotonic() < deadline:
+            values = self.metrics()
+            names = (
+                "lightship_held_pages",
+                "lightship_num_requests_running",
+                "lightship_num_requests_waiting",
+            )
+            if not any(sum(values[name].values()) for name in names):
+                return
+            time.sleep(0.2)
+        raise AssertionError("pages or requests are still held")
+
+
+def _authorization(tenant: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {KEYS[tenant]}"}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    folder = tmp_path_factory.mktemp("service")
+    write_tiny(folder / "model")
+    model = ModelConfig.load(folder / "model")
+    token_bytes = model.cache_layout(True).token_bytes * model.num_hidden_layers
+    engine = {
+        "cache_bytes": PAGES * 64 * token_bytes,
+        "threads": 1,
+        "max_context": 12_000,
+        "max_running": 256,
+    }
+    port = _free_port()
+    ledger = f"sqlite:///{folder}/ledger.db"
+    config = {
+        "model": str(folder / "model"),
+        "port": port,
+        "prefill": {"workers": 2, "engine": engine},
+        "decode": {"workers": 2, "engine": engine},
+        "ledger": {"url": ledger},
+        "tenants": [
+            {"name": name, "keys": [hashlib.sha256(key.encode()).hexdigest()]} for name, key in KEYS.items()
+        ],
+    }
+    (folder / "cluster.yaml").write_text(json.dumps(config))
+    log = (folder / "log").open("wb")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cluster.serve", "--config", str(folder / "cluster.yaml")],
+        cwd=ROOT,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    running = Service(f"http://127.0.0.1:{port}", ledger, process, token_bytes)
+    try:
+        try:
+            running.wait_ready(timeout=150)
+        except AssertionError:
+            raise AssertionError((folder / "log").read_text()) from None
+        yield running
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 0
+        log.close()
+
+
+def _ids(seed: int, num_tokens: int) -> list[int]:
+    generator = random.Random(seed)
+    return [generator.randrange(20, 270) for _ in range(num_tokens)]
+
+
+def _body(prompt: list[int], **more: Any) -> dict[str, Any]:
+    fixed = {"model": "lightship", "prompt": prompt, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    return {**fixed, **more}
+
+
+def _complete(client: httpx.Client, prompt: list[int], **more: Any) -> dict[str, Any]:
+    answer = client.post("/v1/completions", json=_body(prompt, **more))
+    assert answer.status_code == 200, answer.text
+    reply: dict[str, Any] = answer.json()
+    return reply
+
+
+async def _stream(client: httpx.AsyncClient, body: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async with client.stream("POST", "/v1/completions", json={**body, "stream": True}) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        async for line in answer.aiter_lines():
+            if line.startswith("data: ") and line != "data: [DONE]":
+                yield json.loads(line[6:])
+
+
+def test_a_shared_prefix_is_found_and_billed(service: Service) -> None:
+    shared = _ids(1, 1000)
+    with service.client() as client:
+        first = _complete(client, shared + _ids(2, 70))["usage"]
+        second = _complete(client, shared + _ids(3, 90))["usage"]
+    assert first["prompt_cache_hit_tokens"] == 0
+    assert second["prompt_cache_hit_tokens"] == 960  # 15 units of 64
+    assert second["prompt_cache_miss_tokens"] == 1090 - 960
+    assert second["prompt_tokens_details"]["cached_tokens"] == 960
+    assert second["cost_nanodollars"] == 960 * 70 + 130 * 140 + 8 * 420
+    with service.client("beta") as other:
+        assert _complete(other, shared + _ids(3, 90))["usage"]["prompt_cache_hit_tokens"] == 0
+
+
+def test_prefill_and_decode_are_different_processes(service: Service) -> None:
+    workers = service.workers()
+    assert sorted(worker.split("-")[0] for worker in workers) == ["decode", "decode", "prefill", "prefill"]
+    assert len(set(workers.values())) == 4
+    for pid in workers.values():
+        os.kill(pid, 0)
+
+
+def test_shipped_bytes_are_exactly_the_caches(service: Service) -> None:
+    def shipped() -> float:
+        return sum(service.metrics()["lightship_shipped_bytes_total"].values())
+
+    prompt = _ids(10, 64 * 9 + 5)
+    with service.client() as client:
+        before = shipped()
+        _complete(client, prompt)
+        service.wait_idle()
+        time.sleep(0.5)
+        once = shipped() - before
+        assert once == 10 * 64 * service.token_bytes
+        longer = _complete(client, prompt + _ids(11, 128))  # the decode worker may hold the first nine pages
+        service.wait_idle()
+        time.sleep(0.5)
+        again = shipped() - before - once
+    assert longer["usage"]["prompt_cache_hit_tokens"] == 9 * 64
+    assert again == 3 * 64 * service.token_bytes  # only the rest
+
+
+def test_cancelled_requests_leave_nothing_behind(service: Service) -> None:
+    generator = random.Random(5)
+
+    async def one(client: httpx.AsyncClient, index: int) -> None:
+        body = _body(_ids(1000 + index, generator.randrange(10, 900)), max_tokens=generator.randrange(1, 60))
+        patience = generator.choice([0.001, 0.05, 0.2, 0.6, 1.5, 60])
+
+        async def run() -> None:
+            if index % 2:
+                async for _ in _stream(client, body):
+                    pass
+            else:
+                await client.post("/v1/completions", json=body)
+
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(run(), patience)
+
+    async def all_of_them() -> None:
+        async with service.async_client() as client:
+            gate = asyncio.Semaphore(24)
+
+            async def gated(index: int) -> None:
+                async with gate:
+                    await one(client, index)
+
+            await asyncio.gather(*(gated(index) for index in range(200)))
+
+    asyncio.run(all_of_them())
+    service.wait_idle()
+    values = service.metrics()
+    for worker in service.workers():
+        who = f"{worker.split('-')[0]}/{worker}"
+        free, cached = values["lightship_free_pages"][who], values["lightship_cached_pages"][who]
+        assert free + cached == PAGES
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_killed_worker_costs_time_but_no_token(service: Service, role: str) -> None:
+    prompts = [_ids(2000 + index, 150 + 40 * index) for index in range(8)]
+    body = {"max_tokens": 60}
+
+    async def load(kill: bool) -> list[str]:
+        async with service.async_client("beta" if kill else "alpha") as client:
+
+            async def text(prompt: list[int]) -> str:
+                chunks = [c async for c in _stream(client, _body(prompt, **body))]
+                return "".join(c["choices"][0]["text"] for c in chunks if c["choices"])
+
+            streams = [asyncio.create_task(text(prompt)) for prompt in prompts]
+            if not kill:
+                return await asyncio.gather(*streams)
+            await asyncio.sleep(0.7)
+            victim = next(pid for worker, pid in service.workers().items() if worker.startswith(role))
+            os.kill(victim, signal.SIGKILL)
+            return await asyncio.gather(*streams)
+
+    undisturbed = asyncio.run(load(kill=False))
+    before = set(service.workers())
+    assert asyncio.run(load(kill=True)) == undisturbed
+    service.wait_ready()
+    new = set(service.workers()) - before
+    assert [worker.split("-")[0] for worker in new] == [role]
+    who = f"{role}/{new.pop()}"
+    unused = service.metrics()["lightship_cached_pages"][who]
+
+    async def more() -> None:
+        async with service.async_client() as client:
+            bodies = [_body(_ids(3000 + index, 300)) for index in range(8)]
+            await asyncio.gather(*(client.post("/v1/completions", json=body) for body in bodies))
+
+    asyncio.run(more())  # more than one worker takes at once
+    service.wait_idle()
+    assert service.metrics()["lightship_cached_pages"][who] > unused
+
+
+def test_the_openai_sdk_works(service: Service) -> None:
+    client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEYS["alpha"], max_retries=0)
+    assert [model.id for model in client.models.list()] == ["lightship"]
+    messages: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello!"}]
+    chat = client.chat.completions.create(
+        model="lightship", messages=messages, max_tokens=12, temperature=0, logprobs=True, top_logprobs=3
+    )
+    assert chat.usage is not None
+    assert chat.usage.completion_tokens <= 12
+    logprobs = chat.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.content is not None
+    assert len(logprobs.content) == chat.usage.completion_tokens
+    assert all(entry.logprob <= 0 and len(entry.top_logprobs) == 3 for entry in logprobs.content)
+    stream = client.chat.completions.create(
+        model="lightship",
+        messages=messages,
+        max_tokens=12,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.total_tokens == chat.usage.total_tokens
+    streamed = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert streamed == (chat.choices[0].message.content or "")
+    completion = client.completions.create(
+        model="lightship", prompt="Once upon", max_tokens=6, logprobs=2, seed=3
+    )
+    assert completion.choices[0].logprobs is not None
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{service.url}/v1", api_key="wrong", max_retries=0).models.list()
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="gpt-4", prompt="x", max_tokens=1)
+
+
+def test_the_ledger_verifies_and_every_request_is_settled(service: Service) -> None:
+    with service.client() as client:
+        _complete(client, _ids(77, 100))
+    time.sleep(1.0)
+    report = verify(service.ledger)
+    assert report.bad is None
+    assert report.unsettled == 0
+    assert report.records > 2

@@ -1,0 +1,237 @@
+"""Multi-head latent attention over the tokens that the lightning indexer selects. Knows nothing of requests or batching.
+
+Both caches are written before they are read, so that a row sees itself and the earlier rows of its own chunk, and always in
+the precision of the cache: prefill and decode see the same bytes.
+"""
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+
+from kernels.layout import PAGE_SIZE, CacheLayout
+from kernels.rows import Rows
+from workers.model_config import ModelConfig
+from workers.rope import Rope, rotate_halves, rotate_neighbours
+from workers.weights import Weights
+
+QUERY_TILE = 64
+KEY_TILE = 512
+
+
+class Indexer:
+    """Writes the index keys of its rows and selects for each row the top-k visible tokens."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
+        heads, dim = config.index_n_heads, config.index_head_dim
+        self._config = config
+        self._layout = layout
+        self._ops = weights.ops
+        self._queries = weights.linear("wq_b", heads * dim, config.q_lora_rank)
+        self._keys = weights.linear("wk", dim, config.hidden_size)
+        self._key_norm = weights.layer_norm("k_norm", dim)
+        self._weights = weights.table("weights_proj", heads, config.hidden_size, torch.float32)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        query_latent: torch.Tensor,
+        rope: Rope,
+        rows: Rows,
+        slots: torch.Tensor,
+        pages: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [T, D], query_latent [T, q_lora_rank] -> slots int32 [T, index_topk], by token position, -1 padded."""
+        config = self._config
+        queries = self._rotate(self._queries(query_latent).unflatten(-1, (-1, config.index_head_dim)), rope)
+        keys = self._rotate(self._key_norm(self._keys(x)).unsqueeze(1), rope).squeeze(1)
+        self._ops.write_index_keys(pages, slots, keys, self._layout)
+        weights = (
+            self._ops.linear(x.float(), self._weights)
+            * (config.index_n_heads * config.index_head_dim) ** -0.5
+        )
+        return self._ops.select_tokens(queries, weights, pages, rows, config.index_topk, self._layout)
+
+    def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
+        """[T, heads, index_head_dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
+        rope_dim = self._config.qk_rope_head_dim
+        roped = rotate_halves(x[..., :rope_dim], *rope)
+        return self._ops.hadamard(torch.cat((roped, x[..., rope_dim:]), dim=-1))
+
+
+class Attention:
+    """The attention of one layer. `absorbed` attends in the latent space; otherwise keys and values are expanded per head."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        layout: CacheLayout,
+        absorbed: bool,
+    ) -> None:
+        heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
+        self._config = config
+        self._layout = layout
+        self._ops = weights.ops
+        self._down = weights.fused(
+            {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": latent + config.qk_rope_head_dim}, hidden
+        )
+        self._query_norm = weights.rms_norm("q_a_layernorm", config.q_lora_rank, config.rms_norm_eps)
+        self._query_up = weights.linear("q_b_proj", heads * config.qk_head_dim, config.q_lora_rank)
+        self._latent_norm = weights.rms_norm("kv_a_layernorm", latent, config.rms_norm_eps)
+        self._attend = (Absorbed if absorbed else Unabsorbed)(config, weights, layout)
+        self._out = weights.linear("o_proj", hidden, heads * config.v_head_dim)
+        self._indexer = Indexer(config, weights.at("indexer"), layout)
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rope: Rope,
+        rows: Rows,
+        slots: torch.Tensor,
+        latent_pages: torch.Tensor,
+        index_pages: torch.Tensor,
+    ) -> torch.Tensor:
+        """x [T, D], slots int64 [T] (where each row's caches go) -> [T, D]."""
+        config = self._config
+        query_latent, cached = self._down(x)
+        query_latent = self._query_norm(query_latent)
+        query = self._query_up(query_latent).unflatten(-1, (-1, config.qk_head_dim))
+        query_nope, query_pe = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        query_pe = rotate_neighbours(query_pe, *rope)
+        latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
+        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
+        selected = self._indexer(x, query_latent, rope, rows, slots, index_pages)
+        out = self._attend(query_nope, query_pe, rows, latent_pages, selected)
+        return self._out(out.flatten(1))
+
+
+class Absorbed:
+    """One key head, 576 wide, for all query heads; its first 512 channels are also the value."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
+        self._softmax_scale = config.softmax_scale
+        self._layout = layout
+        self._ops = weights.ops
+        per_head = _latent_up(config, weights).unflatten(0, (config.num_attention_heads, -1))
+        self._key_up = per_head[:, : config.qk_nope_head_dim].contiguous()  # [H, nope, latent]
+        self._value_up = per_head[:, config.qk_nope_head_dim :].transpose(1, 2).contiguous()  # [H, latent, v]
+
+    def __call__(
+        self,
+        query_nope: torch.Tensor,
+        query_pe: torch.Tensor,
+        rows: Rows,
+        pages: torch.Tensor,
+        selected: torch.Tensor,
+    ) -> torch.Tensor:
+        """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk] -> [T, H, v]."""
+        query = torch.cat((self._ops.head_linear(query_nope, self._key_up), query_pe), dim=-1)
+        out, _ = self._ops.sparse_mla(query, pages, selected, self._softmax_scale, self._layout)
+        return self._ops.head_linear(out, self._value_up)
+
+
+class Unabsorbed:
+    """Ordinary multi-head attention, request by request, with all but the selected tokens masked."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
+        self._config = config
+        self._layout = layout
+        self._ops = weights.ops
+        self._latent_up = _latent_up(config, weights)
+
+    def __call__(
+        self,
+        query_nope: torch.Tensor,
+        query_pe: torch.Tensor,
+        rows: Rows,
+        pages: torch.Tensor,
+        selected: torch.Tensor,
+    ) -> torch.Tensor:
+        """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk] -> [T, H, v]."""
+        query = torch.cat((query_nope, query_pe), dim=-1)
+        outs = []
+        for request, (start, end) in enumerate(itertools.pairwise(rows.query_starts)):
+            visible = _visible_slots(rows, request, end)
+            key, value = self._expand(self._ops.read_latents(pages, visible, self._layout).to(query.dtype))
+            mask = _selection_mask(selected[start:end], visible)
+            outs.append(masked_attention(query[start:end], key, value, mask, self._config.softmax_scale))
+        return torch.cat(outs)
+
+    def _expand(self, cached: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """[L, latent + rope] -> keys [L, H, nope + rope] and values [L, H, v]."""
+        config = self._config
+        latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        per_head = self._ops.linear(latent, self._latent_up).unflatten(-1, (config.num_attention_heads, -1))
+        key_nope, value = per_head.split((config.qk_nope_head_dim, config.v_head_dim), dim=-1)
+        key_pe = key_pe.unsqueeze(1).expand(-1, config.num_attention_heads, -1)
+        return torch.cat((key_nope, key_pe), dim=-1), value
+
+
+def _latent_up(config: ModelConfig, weights: Weights) -> torch.Tensor:
+    rows = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
+    return weights.matrix("kv_b_proj", rows, config.kv_lora_rank)
+
+
+def _visible_slots(rows: Rows, request: int, end: int) -> torch.Tensor:
+    """int64 [L]: the slots of the tokens that the last row of a request sees, by position."""
+    num_visible = int(rows.positions[end - 1]) + 1
+    pages = rows.page_table[request, : -(-num_visible // PAGE_SIZE)].long()
+    offsets = torch.arange(PAGE_SIZE, device=pages.device)
+    return (pages.unsqueeze(1) * PAGE_SIZE + offsets).flatten()[:num_visible]
+
+
+def _selection_mask(selected: torch.Tensor, visible: torch.Tensor) -> torch.Tensor:
+    """Slots int32 [t, topk], -1 padded, and the slots of L tokens -> bool [t, L], True where a row selected a token."""
+    order = visible.argsort()
+    found = torch.searchsorted(visible[order], selected.clamp(min=0).long()).clamp(max=len(visible) - 1)
+    positions = order[found].masked_fill(selected < 0, len(visible))
+    mask = torch.zeros(len(selected), len(visible) + 1, dtype=torch.bool, device=selected.device)
+    return mask.scatter_(1, positions, True)[:, :-1]
+
+
+def masked_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, softmax_scale: float
+) -> torch.Tensor:
+    """query [T, H, d], key [L, H, d], value [L, H, v], mask bool [T, L] with a True in each row -> [T, H, v], in fp32 inside.
+
+    Tiles have one fixed shape and the softmax runs along them, so a row's bits depend neither on the other rows nor on how
+    many masked tokens follow.
+    """
+    num_rows, num_keys = mask.shape
+    key_pad, row_pad = -num_keys % KEY_TILE, -num_rows % QUERY_TILE
+    queries = F.pad(query.float(), (0, 0, 0, 0, 0, row_pad)).transpose(0, 1).split(QUERY_TILE, dim=1)
+    keys = F.pad(key.float(), (0, 0, 0, 0, 0, key_pad)).permute(1, 2, 0).split(KEY_TILE, dim=2)
+    values = F.pad(value.float(), (0, 0, 0, 0, 0, key_pad)).transpose(0, 1).split(KEY_TILE, dim=1)
+    masks = F.pad(mask, (0, key_pad, 0, row_pad)).split(QUERY_TILE)
+    outs = [
+        _attend_tile(query_tile, keys, values, tile_mask.split(KEY_TILE, dim=1), softmax_scale)
+        for query_tile, tile_mask in zip(queries, masks, strict=True)
+    ]
+    return torch.cat(outs, dim=1).transpose(0, 1)[:num_rows].to(query.dtype)
+
+
+def _attend_tile(
+    query: torch.Tensor,
+    keys: tuple[torch.Tensor, ...],
+    values: tuple[torch.Tensor, ...],
+    masks: tuple[torch.Tensor, ...],
+    softmax_scale: float,
+) -> torch.Tensor:
+    """query [H, t, d], tiles of keys [H, d, l], of values [H, l, v], of the mask [t, l] -> [H, t, v]. Online softmax."""
+    heads, rows, _ = query.shape
+    highest = query.new_full((heads, rows, 1), -torch.inf)
+    total = query.new_zeros((heads, rows, 1))
+    out = query.new_zeros((heads, rows, values[0].shape[-1]))
+    for key, value, mask in zip(keys, values, masks, strict=True):
+        scores = torch.bmm(query, key).mul_(softmax_scale).masked_fill_(~mask, -torch.inf)
+        raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        # A row that has met no token yet has no maximum; any finite one keeps its weights at zero.
+        origin = raised.masked_fill(raised == -torch.inf, 0.0)
+        weights, rescale = torch.exp(scores - origin), torch.exp(highest - origin)
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        out = out * rescale + torch.bmm(weights, value)
+        highest = raised
+    return out / total

@@ -1,0 +1,126 @@
+"""The loop of one worker: schedule, run, sample, update. Synchronous. Knows nothing of threads, sockets, Ray or HTTP."""
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from workers.config import EngineConfig
+from workers.messages import Load
+from workers.page_pool import PagePool
+from workers.request import Request, TokenLogprobs
+from workers.runner import Runner
+from workers.sampler import sample
+from workers.scheduler import Scheduled, Scheduler
+
+
+@dataclass(frozen=True)
+class Result:
+    """One new token. `finish`: "stop", "length", "prefilled", or None if the request goes on."""
+
+    request: Request
+    token: int
+    logprobs: TokenLogprobs | None
+    finish: str | None
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What one step did.
+
+    scheduled: what was computed; request.num_computed_tokens is now item.end. results: the requests that caught up.
+    preempted: requests that lost their pages and wait again. seconds: wall time of the step.
+    """
+
+    scheduled: list[Scheduled]
+    results: list[Result]
+    preempted: list[Request]
+    seconds: float
+
+
+class Engine:
+    """Serves requests with one model and one pool. `max_context` is the most tokens of prompt and output a request may have."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        *,
+        num_pages: int,
+        config: EngineConfig,
+        eos_token_ids: Collection[int],
+        max_context: int,
+    ) -> None:
+        self.config = config
+        self.pool = PagePool(num_pages)
+        self._runner = runner
+        self._scheduler = Scheduler(self.pool, config, eos_token_ids=eos_token_ids, max_context=max_context)
+
+    def check_fits(self, request: Request) -> None:
+        """Raises ValueError if the request could not be served even by an empty engine."""
+        self._scheduler.check_fits(request)
+
+    def add(self, request: Request) -> None:
+        """Queues a request. Raises ValueError if it can never be served, QueueFull (a ValueError) if too many wait."""
+        self._scheduler.add(request)
+
+    def reserve(self, request: Request) -> bool:
+        """Pages for a prompt that a prefill worker will fill: all of them now, or False."""
+        return self._scheduler.reserve(request)
+
+    def landed(self, request_id: str, page_index: int) -> None:
+        """A page of a reserved request has arrived and was verified."""
+        self._scheduler.landed(request_id, page_index)
+
+    def join(self, request_id: str, first_token: int) -> str | None:
+        """A reserved request starts to run; the finish reason if its first token is also its last."""
+        reason = self._scheduler.join(request_id, first_token)
+        self._check_if_idle()
+        return reason
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request in any state; False if there is none of this id that has not ended."""
+        aborted = self._scheduler.abort(request_id)
+        self._check_if_idle()
+        return aborted
+
+    def release(self, request_id: str) -> bool:
+        """Lets go of the pages of a `hold_pages` request that has ended; False if the id is unknown."""
+        released = self._scheduler.release(request_id)
+        self._check_if_idle()
+        return released
+
+    def has_work(self) -> bool:
+        """Whether a step has something to do. If not, only another call can change that."""
+        return self._scheduler.has_work()
+
+    def step(self) -> StepOutput:
+        started = time.perf_counter()
+        plan = self._scheduler.schedule()
+        requests = plan.sampling
+        tokens: list[int] = []
+        logprobs: list[TokenLogprobs | None] = []
+        if plan.scheduled:
+            tokens, logprobs = sample(self._runner.run(plan), requests)
+        self._scheduler.update(plan, tokens)
+        results = [
+            Result(request, token, logprob, request.finish_reason)
+            for request, token, logprob in zip(requests, tokens, logprobs, strict=True)
+        ]
+        self._check_if_idle()
+        return StepOutput(plan.scheduled, results, plan.preempted, time.perf_counter() - started)
+
+    def load(self, *, extra_waiting: int = 0, **figures: Any) -> Load:
+        """How busy the engine is. `extra_waiting` requests wait outside; `figures` are further fields of Load."""
+        return Load(
+            waiting=self._scheduler.num_waiting + extra_waiting,
+            running=self._scheduler.num_running,
+            queued_tokens=self._scheduler.num_queued_tokens,
+            free_pages=self.pool.free,
+            cached_pages=self.pool.cached,
+            held_pages=self.pool.held,
+            **figures,
+        )
+
+    def _check_if_idle(self) -> None:
+        if not self._scheduler.num_running and not self._scheduler.num_waiting:
+            self._scheduler.check()

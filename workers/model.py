@@ -1,0 +1,156 @@
+"""DeepSeek-V3.2: embedding, layers, head; the forward pass in reading order. Knows nothing of requests or sampling.
+
+The MTP layer (number num_hidden_layers) is stored in checkpoints but not part of this model.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kernels import dispatch
+from kernels.layout import CacheLayout
+from kernels.rows import Rows
+from workers.attention import Attention
+from workers.config import EngineConfig
+from workers.layers import MLP, RMSNorm
+from workers.model_config import ModelConfig
+from workers.moe import MoE
+from workers.paged_cache import PagedCache
+from workers.rope import Rope, RopeTable
+from workers.weights import Checkpoint, Progress, Weights
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Carries the residual stream: x is what the layer before added to it, and has not been added yet."""
+
+    attention_norm: RMSNorm
+    attention: Attention
+    mlp_norm: RMSNorm
+    mlp: MLP | MoE
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        rope: Rope,
+        rows: Rows,
+        slots: torch.Tensor,
+        latent_pages: torch.Tensor,
+        index_pages: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        x, residual = self.attention_norm.add(x, residual)
+        x = self.attention(x, rope, rows, slots, latent_pages, index_pages)
+        x, residual = self.mlp_norm.add(x, residual)
+        return self.mlp(x), residual
+
+
+class Model:
+    """One rank's whole model.
+
+    layout: the caches it reads and writes
+    dtype:  of activations between layers
+    """
+
+    def __init__(
+        self, config: ModelConfig, weights: Weights, *, layout: CacheLayout, absorbed: bool, device: str
+    ) -> None:
+        self.config = config
+        self.layout = layout
+        self.dtype = weights.dtype
+        self.device = device
+        self._ops = weights.ops
+        body = weights.at("model")
+        self._rope_table = RopeTable(
+            config.qk_rope_head_dim,
+            theta=config.rope_theta,
+            scaling=config.rope_scaling,
+            max_positions=config.max_position_embeddings,
+            device=device,
+        )
+        self._embedding = body.table("embed_tokens", config.vocab_size, config.hidden_size, self.dtype)
+        self._layers = [
+            _load_layer(config, body, number, layout=layout, absorbed=absorbed)
+            for number in range(config.num_hidden_layers)
+        ]
+        self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
+        self._head = weights.table("lm_head", config.vocab_size, config.hidden_size, torch.float32)
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        token_ids: torch.Tensor,
+        rows: Rows,
+        slots: torch.Tensor,
+        cache: PagedCache,
+        logits_rows: torch.Tensor,
+    ) -> torch.Tensor:
+        """Runs T rows and writes their caches.
+
+        token_ids:   int64 [T]
+        slots:       int64 [T], physical page x 64 + offset: where each row's caches go
+        logits_rows: int64 [S], the rows whose logits are wanted
+        Returns fp32 [S, vocab_size].
+        """
+        x = self._embedding[token_ids]
+        residual = torch.zeros_like(x)
+        rope = self._rope_table.at(rows.positions)
+        for layer, latent_pages, index_pages in zip(self._layers, cache.latent, cache.index, strict=True):
+            x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages)
+        x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
+        return self._ops.linear(x.float(), self._head)
+
+
+def _load_layer(
+    config: ModelConfig,
+    weights: Weights,
+    number: int,
+    *,
+    layout: CacheLayout,
+    absorbed: bool,
+) -> Layer:
+    layer = weights.at(f"layers.{number}")
+    mlp = layer.at("mlp")
+    return Layer(
+        attention_norm=layer.rms_norm("input_layernorm", config.hidden_size, config.rms_norm_eps),
+        attention=Attention(config, layer.at("self_attn"), layout=layout, absorbed=absorbed),
+        mlp_norm=layer.rms_norm("post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
+        mlp=MoE(config, mlp)
+        if config.is_moe(number)
+        else mlp.mlp(config.hidden_size, config.intermediate_size),
+    )
+
+
+def load_model(path: str | Path, engine_config: EngineConfig, *, progress: Progress | None = None) -> Model:
+    """Reads a Hugging Face checkpoint folder.
+
+    `progress` is called with (tensors read, tensors in all). Raises ValueError for a config that is not supported and
+    CheckpointError for files that do not hold the model, naming the file and the tensor.
+    """
+    config = ModelConfig.load(path)
+    full_precision = engine_config.precision == "fp32" or engine_config.device == "cpu"
+    mtp_layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    with Checkpoint(
+        path,
+        device=engine_config.device,
+        ignored_prefixes=[f"model.layers.{number}." for number in mtp_layers],
+        ignored_suffixes=["rotary_emb.inv_freq"],
+        progress=progress,
+    ) as checkpoint:
+        weights = Weights(
+            checkpoint,
+            dispatch.select("reference"),
+            precision=engine_config.precision,
+            dtype=torch.float32 if full_precision else torch.bfloat16,
+            quantized=config.quantized,
+        )
+        model = Model(
+            config,
+            weights,
+            layout=config.cache_layout(quantized=engine_config.precision == "fp8"),
+            absorbed=engine_config.attention == "absorbed",
+            device=engine_config.device,
+        )
+        checkpoint.finish()
+    return model

@@ -1,0 +1,40 @@
+"""Device memory of the two paged caches: MLA latents and indexer keys. Knows nothing of who owns a page."""
+
+import torch
+
+from kernels.layout import PAGE_SIZE, CacheLayout
+
+
+class PagedCache:
+    """A page is a page in every layer: page p of a request means row p of every layer below.
+
+    latent: uint8 [L, P, 64, latent_row_bytes]
+    index:  uint8 [L, P, index_page_bytes]
+    """
+
+    def __init__(
+        self, layout: CacheLayout, *, num_layers: int, num_pages: int, device: str | torch.device
+    ) -> None:
+        self.layout = layout
+        # Zeros: a kernel may read, and mask, rows of a page that were never written; they must not decode to NaN.
+        self.latent = torch.zeros(
+            num_layers, num_pages, PAGE_SIZE, layout.latent_row_bytes, dtype=torch.uint8, device=device
+        )
+        self.index = torch.zeros(
+            num_layers, num_pages, layout.index_page_bytes, dtype=torch.uint8, device=device
+        )
+
+    @property
+    def num_pages(self) -> int:
+        return self.latent.shape[1]
+
+
+def num_pages_for(cache_bytes: int, layout: CacheLayout, num_layers: int) -> int:
+    """How many pages, over all layers and both caches, fit into `cache_bytes`. ValueError if not even one does."""
+    page_bytes = num_layers * layout.page_bytes
+    if cache_bytes < page_bytes:
+        raise ValueError(
+            f"cache_bytes is {cache_bytes}, but one page of {PAGE_SIZE} tokens takes {page_bytes} bytes "
+            f"in the {num_layers} layers of this model"
+        )
+    return cache_bytes // page_bytes

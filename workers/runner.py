@@ -1,0 +1,64 @@
+"""A plan as tensors: token ids, positions, slots, page table; and one call of the model. Knows nothing of policy."""
+
+from array import array
+from typing import Any, Protocol
+
+import torch
+
+from kernels.layout import PAGE_SIZE
+from kernels.rows import Rows
+from workers.scheduler import Plan, Scheduled
+
+
+class Model(Protocol):
+    device: str
+
+    def forward(
+        self, token_ids: torch.Tensor, rows: Rows, slots: torch.Tensor, cache: Any, logits_rows: torch.Tensor
+    ) -> torch.Tensor:
+        """Computes T rows, writes their caches, and returns the logits of S of them.
+
+        token_ids, slots: int64 [T]; a slot is page x 64 + offset. logits_rows: int64 [S]. Returns fp32 [S, V].
+        """
+
+
+class Runner:
+    """`cache` is the model's own: it is passed on and never looked into."""
+
+    def __init__(self, model: Model, cache: Any) -> None:
+        self._model = model
+        self._cache = cache
+
+    def run(self, plan: Plan) -> torch.Tensor:
+        """fp32 [S, V]: the logits of the last row of each request that catches up, in the order of plan.sampling."""
+        batch, device = plan.scheduled, self._model.device
+        token_ids, positions = array("q"), array("q")
+        query_starts, logits_rows = [0], []
+        for item in batch:
+            token_ids.fromlist(item.request.tokens[item.start : item.end])
+            positions.extend(range(item.start, item.end))
+            query_starts.append(len(token_ids))
+            if item.samples:
+                logits_rows.append(len(token_ids) - 1)
+        position = torch.frombuffer(positions, dtype=torch.int64)
+        table = page_table(batch)
+        owner = torch.repeat_interleave(torch.tensor([item.num_tokens for item in batch]))
+        slots = table[owner, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
+        return self._model.forward(
+            torch.frombuffer(token_ids, dtype=torch.int64).to(device),
+            Rows(tuple(query_starts), position.to(device), table.to(device)),
+            slots.to(device),
+            self._cache,
+            torch.tensor(logits_rows, dtype=torch.int64, device=device),
+        )
+
+
+def page_table(batch: list[Scheduled]) -> torch.Tensor:
+    """int32 [R, max_pages] on the host: the pages up to each request's last row, then -1."""
+    used = [item.request.pages[: -(-item.end // PAGE_SIZE)] for item in batch]
+    width = max(map(len, used))
+    cells = array("i")
+    for pages in used:
+        cells.fromlist(pages)
+        cells.fromlist([-1] * (width - len(pages)))
+    return torch.frombuffer(cells, dtype=torch.int32).view(len(used), width)

@@ -1,0 +1,120 @@
+"""Puts a worker together: model, caches, engine, links, server. One function, the same for every process that runs one."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from kernels.layout import PAGE_SIZE
+from workers.config import EngineConfig
+from workers.decode import DecodeWorker
+from workers.engine import Engine
+from workers.model import load_model
+from workers.paged_cache import PagedCache, num_pages_for
+from workers.prefill import PrefillWorker
+from workers.request import Request, SamplingParams
+from workers.runner import Runner
+from workers.server import WorkerServer
+from workers.shipping.receiver import Landing
+from workers.shipping.sender import Shipper
+from workers.worker import Worker
+
+Role = Literal["prefill", "decode"]
+
+
+@dataclass
+class RunningWorker:
+    """A started worker. `ship_host` and `ship_port` are where a decode worker's landing listens."""
+
+    worker: Worker
+    server: WorkerServer
+    links: Shipper | Landing
+    ship_host: str = ""
+    ship_port: int = 0
+    stopped: bool = False
+
+    def set_peers(self, peers: dict[str, tuple[str, int, int]]) -> None:
+        """Tells a prefill worker of the decode workers: worker -> (host, port, epoch)."""
+        if isinstance(self.links, Shipper):
+            self.links.set_peers(peers)
+
+    def stop(self) -> None:
+        """Ends every thread and connection of the worker. Safe to call twice."""
+        if self.stopped:
+            return
+        self.stopped = True
+        self.server.stop()
+        self.worker.stop()
+        self.links.close()
+
+
+def make_engine(model: Path, config: EngineConfig) -> tuple[Engine, PagedCache]:
+    """An engine with its caches allocated and its operators warm. Raises CheckpointError or ValueError."""
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    loaded = load_model(model, config)
+    layout = loaded.config.cache_layout(config.precision == "fp8")
+    num_layers = loaded.config.num_hidden_layers
+    num_pages = num_pages_for(config.cache_bytes, layout, num_layers)
+    cache = PagedCache(layout, num_layers=num_layers, num_pages=num_pages, device=config.device)
+    engine = Engine(
+        Runner(loaded, cache),
+        num_pages=num_pages,
+        config=config,
+        eos_token_ids=loaded.config.eos_token_ids,
+        max_context=min(config.max_context or loaded.config.max_position_embeddings, num_pages * PAGE_SIZE),
+    )
+    _warm(engine)
+    return engine, cache
+
+
+def _warm(engine: Engine) -> None:
+    """One real prompt and one decode step, so that the first request finds everything loaded."""
+    tokens = [2 + i % 7 for i in range(PAGE_SIZE + 1)]
+    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+    engine.add(Request("warm-up", tokens, len(tokens), sampling, namespace=b"warm-up"))
+    while engine.has_work():
+        engine.step()
+
+
+def start_worker(
+    *,
+    role: Role,
+    model: Path,
+    engine_config: EngineConfig,
+    worker_id: str,
+    epoch: int,
+    host: str,
+    secret: str,
+) -> RunningWorker:
+    """Loads the model and opens the worker's doors on `host`. Returns when it can serve."""
+    engine, cache = make_engine(model, engine_config)
+    server = WorkerServer(host=host, secret=secret)
+    if role == "prefill":
+        return _start_prefill(engine, cache, server, worker_id, epoch, secret)
+    landing = Landing(worker_id=worker_id, epoch=epoch, host=host, secret=secret, cache=cache)
+    decode = DecodeWorker(
+        worker_id=worker_id, epoch=epoch, engine=engine, emit=server.emit, cache=cache, landing=landing
+    )
+    landing.start()
+    decode.start()
+    server.start(decode)
+    return RunningWorker(decode, server, landing, ship_host=host, ship_port=landing.port)
+
+
+def _start_prefill(
+    engine: Engine, cache: PagedCache, server: WorkerServer, worker_id: str, epoch: int, secret: str
+) -> RunningWorker:
+    prefill = PrefillWorker(
+        worker_id=worker_id,
+        epoch=epoch,
+        engine=engine,
+        emit=server.emit,
+        make_shipper=lambda on_done, on_failed: Shipper(
+            worker_id=worker_id, epoch=epoch, secret=secret, cache=cache, on_done=on_done, on_failed=on_failed
+        ),
+    )
+    prefill.start()
+    server.start(prefill)
+    return RunningWorker(prefill, server, prefill.shipper)

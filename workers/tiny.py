@@ -1,0 +1,333 @@
+"""Writes a complete DeepSeek-V3.2 checkpoint of a few MB with random weights: `python -m workers.tiny DIR`.
+
+Everything the real one has is there (FP8 blocks, shards and index, MTP layer, tokenizer), so the whole service runs on it. The
+scales are chosen so that its output depends on all of a prompt and on what the indexer selects. The same seed gives the
+same bytes everywhere: random integers and single roundings only, no function whose last bit depends on the CPU.
+"""
+
+import argparse
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from kernels.reference import quantize_weight
+from workers.model_config import ModelConfig
+from workers.weights import INDEX_FILE
+
+SHARD_BYTES = 3 * 2**20
+MAX_TOKENS_IN_TEXT = 131_072  # model_max_length of the published tokenizer
+
+CONFIG: dict[str, Any] = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "ep_size": 1,
+    "first_k_dense_replace": 1,
+    "hidden_act": "silu",
+    "hidden_size": 256,
+    "index_head_dim": 128,
+    "index_n_heads": 4,
+    "index_topk": 64,
+    "initializer_range": 0.02,
+    "intermediate_size": 512,
+    "kv_lora_rank": 512,
+    "max_position_embeddings": 163840,
+    "moe_intermediate_size": 64,
+    "moe_layer_freq": 1,
+    "n_group": 4,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "norm_topk_prob": True,
+    "num_attention_heads": 4,
+    "num_experts_per_tok": 2,
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 4,
+    "num_nextn_predict_layers": 1,
+    "q_lora_rank": 128,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 64,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": {
+        "beta_fast": 32,
+        "beta_slow": 1,
+        "factor": 40,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "original_max_position_embeddings": 4096,
+        "type": "yarn",
+    },
+    "rope_theta": 10000,
+    "routed_scaling_factor": 2.5,
+    "scoring_func": "sigmoid",
+    "tie_word_embeddings": False,
+    "topk_group": 2,
+    "topk_method": "noaux_tc",
+    "torch_dtype": "bfloat16",
+    "use_cache": True,
+    "v_head_dim": 64,
+    "vocab_size": 512,
+}
+QUANTIZATION_CONFIG: dict[str, Any] = {
+    "activation_scheme": "dynamic",
+    "fmt": "e4m3",
+    "quant_method": "fp8",
+    "scale_fmt": "ue8m0",
+    "weight_block_size": [128, 128],
+}
+GENERATION_CONFIG = {
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.95,
+}
+
+# The first three keep their published ids. As in the published tokenizer, only they are "special": left out of plain text.
+BOS, EOS, PAD = SPECIAL = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+MARKERS = [
+    "<think>",
+    "</think>",
+    "<｜User｜>",
+    "<｜Assistant｜>",
+    "<｜tool▁calls▁begin｜>",
+    "<｜tool▁calls▁end｜>",
+    "<｜tool▁call▁begin｜>",
+    "<｜tool▁call▁end｜>",
+    "<｜tool▁output▁begin｜>",
+    "<｜tool▁output▁end｜>",
+    "<｜tool▁sep｜>",
+    "｜DSML｜",
+]
+
+WORDS = """the a of and to in is it that for on with as was at by this from or an be are not have has had but what all were
+when we there can which their will would about out many then them these so some her him make like into time look more
+write go see number no way could people my than first water been call who its now find long down day did get come made
+may part question answer token page cache worker prompt model request prefix attention"""
+
+HEAD_GAIN = (
+    3.0  # logits with a standard deviation of about 3: sampling at temperature 1 is neither greedy nor random
+)
+MARKER_GAIN = (
+    0.1  # of what they are otherwise: random text should not open and close the chat format's brackets
+)
+
+
+def write_tiny(
+    folder: str | Path, *, seed: int = 0, dtype: Literal["fp8", "bf16"] = "fp8", **config_overrides: Any
+) -> None:
+    """Writes config, weights, tokenizer and generation config into `folder`, which is made if need be.
+
+    `config_overrides` replace keys of `CONFIG`. Raises ValueError for a config that this project does not support.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = CONFIG | config_overrides
+    if dtype == "fp8":
+        config["quantization_config"] = QUANTIZATION_CONFIG
+    _write_json(folder / "config.json", config)
+    _write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    _write_tokenizer(folder, config["vocab_size"])
+    _write_shards(folder, _Tensors(ModelConfig.load(folder), seed=seed, dtype=dtype).all())
+
+
+class _Tensors:
+    """The tensors of a checkpoint, by name, in file order."""
+
+    def __init__(self, config: ModelConfig, *, seed: int, dtype: Literal["fp8", "bf16"]) -> None:
+        self._config = config
+        self._fp8 = dtype == "fp8"
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def all(self) -> Iterator[tuple[str, torch.Tensor]]:
+        config = self._config
+        yield self._embedding("model.embed_tokens")
+        for number in range(config.num_hidden_layers):
+            yield from self._layer(f"model.layers.{number}", moe=config.is_moe(number))
+        for number in range(config.num_nextn_predict_layers):
+            yield from self._mtp_layer(f"model.layers.{config.num_hidden_layers + number}")
+        yield self._norm("model.norm", config.hidden_size)
+        yield self._head("lm_head")
+
+    def _layer(self, name: str, *, moe: bool) -> Iterator[tuple[str, torch.Tensor]]:
+        config = self._config
+        yield self._norm(f"{name}.input_layernorm", config.hidden_size)
+        yield from self._attention(f"{name}.self_attn")
+        yield self._norm(f"{name}.post_attention_layernorm", config.hidden_size)
+        if not moe:
+            yield from self._mlp(f"{name}.mlp", config.intermediate_size)
+            return
+        yield self._table(f"{name}.mlp.gate", config.n_routed_experts, config.hidden_size)
+        bias = self._uniform((config.n_routed_experts,), 0.1)
+        yield f"{name}.mlp.gate.e_score_correction_bias", bias
+        for expert in range(config.n_routed_experts):
+            yield from self._mlp(f"{name}.mlp.experts.{expert}", config.moe_intermediate_size)
+        yield from self._mlp(
+            f"{name}.mlp.shared_experts", config.moe_intermediate_size * config.n_shared_experts
+        )
+
+    def _attention(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        config = self._config
+        heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
+        yield from self._matrix(f"{name}.q_a_proj", config.q_lora_rank, hidden)
+        yield self._norm(f"{name}.q_a_layernorm", config.q_lora_rank)
+        yield from self._matrix(f"{name}.q_b_proj", heads * config.qk_head_dim, config.q_lora_rank)
+        yield from self._matrix(f"{name}.kv_a_proj_with_mqa", latent + config.qk_rope_head_dim, hidden)
+        yield self._norm(f"{name}.kv_a_layernorm", latent)
+        yield from self._matrix(
+            f"{name}.kv_b_proj", heads * (config.qk_nope_head_dim + config.v_head_dim), latent
+        )
+        yield from self._matrix(f"{name}.o_proj", hidden, heads * config.v_head_dim)
+        index_heads, index_dim = config.index_n_heads, config.index_head_dim
+        yield from self._matrix(f"{name}.indexer.wq_b", index_heads * index_dim, config.q_lora_rank)
+        yield from self._matrix(f"{name}.indexer.wk", index_dim, hidden)
+        yield self._norm(f"{name}.indexer.k_norm", index_dim)
+        yield f"{name}.indexer.k_norm.bias", self._uniform((index_dim,), 0.1)
+        yield self._table(f"{name}.indexer.weights_proj", index_heads, hidden)
+
+    def _mlp(self, name: str, size: int) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._matrix(f"{name}.gate_proj", size, self._config.hidden_size)
+        yield from self._matrix(f"{name}.up_proj", size, self._config.hidden_size)
+        yield from self._matrix(f"{name}.down_proj", self._config.hidden_size, size)
+
+    def _mtp_layer(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+        hidden = self._config.hidden_size
+        yield from self._layer(name, moe=True)
+        yield self._embedding(f"{name}.embed_tokens")
+        yield self._norm(f"{name}.enorm", hidden)
+        yield self._norm(f"{name}.hnorm", hidden)
+        yield self._table(f"{name}.eh_proj", hidden, 2 * hidden)
+        yield self._norm(f"{name}.shared_head.norm", hidden)
+        yield self._head(f"{name}.shared_head.head")
+
+    def _matrix(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """A linear layer: e4m3 with its scales, or bf16."""
+        weight = self._uniform((rows, columns), columns**-0.5)
+        if not self._fp8:
+            yield f"{name}.weight", weight.bfloat16()
+            return
+        quantized, scale_inv = quantize_weight(weight)
+        yield f"{name}.weight", quantized
+        yield f"{name}.weight_scale_inv", scale_inv
+
+    def _table(self, name: str, rows: int, columns: int) -> tuple[str, torch.Tensor]:
+        """A matrix that stays bf16 in an FP8 checkpoint."""
+        return f"{name}.weight", self._uniform((rows, columns), columns**-0.5).bfloat16()
+
+    def _embedding(self, name: str) -> tuple[str, torch.Tensor]:
+        return f"{name}.weight", self._uniform(
+            (self._config.vocab_size, self._config.hidden_size), 1.0
+        ).bfloat16()
+
+    def _head(self, name: str) -> tuple[str, torch.Tensor]:
+        config = self._config
+        weight = self._uniform((config.vocab_size, config.hidden_size), HEAD_GAIN * config.hidden_size**-0.5)
+        weight[len(SPECIAL) : len(SPECIAL) + len(MARKERS)] *= MARKER_GAIN
+        return f"{name}.weight", weight.bfloat16()
+
+    def _norm(self, name: str, size: int) -> tuple[str, torch.Tensor]:
+        return f"{name}.weight", 1.0 + self._uniform((size,), 0.1)
+
+    def _uniform(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
+        """fp32, evenly spread over +-std * sqrt(3)."""
+        whole = torch.randint(-(2**15), 2**15 + 1, shape, generator=self._generator)
+        return whole.float() * (std * 3**0.5 / 2**15)
+
+
+def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    room = SHARD_BYTES
+    for name, tensor in tensors:
+        if shards[-1] and tensor.nbytes > room:
+            shards.append({})
+            room = SHARD_BYTES
+        shards[-1][name] = tensor
+        room -= tensor.nbytes
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
+
+
+def _write_tokenizer(folder: Path, vocab_size: int) -> None:
+    build_tokenizer(vocab_size).save(str(folder / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": MAX_TOKENS_IN_TEXT,
+    }
+    _write_json(folder / "tokenizer_config.json", config)
+
+
+def build_tokenizer(vocab_size: int) -> Tokenizer:
+    """A byte-level BPE of at most `vocab_size` tokens: DeepSeek's markers first, then 256 bytes, then merges.
+
+    Digits stand alone, and any text survives encoding and decoding.
+    """
+    named = [*SPECIAL, *MARKERS]
+    if vocab_size < len(named) + 256:
+        raise ValueError(f"vocab_size is {vocab_size}, but bytes and markers alone take {len(named) + 256}")
+    draft = _byte_level(models.BPE())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size - len(named),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    draft.train_from_iterator(_sentences(), trainer)
+    learned = json.loads(draft.to_str())["model"]
+    vocab = {token: id for id, token in enumerate(named)}
+    vocab |= {token: id + len(named) for token, id in learned["vocab"].items()}
+    tokenizer = _byte_level(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in learned["merges"]]))
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in MARKERS])
+    return tokenizer
+
+
+def _byte_level(model: models.BPE) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sentences() -> list[str]:
+    """A little English for the merges to be learned from."""
+    words, chooser = WORDS.split(), random.Random(0)
+    return [" ".join(chooser.choices(words, k=12)).capitalize() + ".\n" for _ in range(400)]
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m workers.tiny", description=__doc__.splitlines()[0])
+    parser.add_argument("folder", help="where to write; made if need be")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8", help="of the linear layers")
+    arguments = parser.parse_args()
+    write_tiny(arguments.folder, seed=arguments.seed, dtype=arguments.dtype)
+    size = sum(path.stat().st_size for path in Path(arguments.folder).iterdir())
+    print(f"{arguments.folder}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()
