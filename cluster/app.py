@@ -38,24 +38,22 @@ def build(config: ClusterConfig, secret: str) -> Application:
     prefill = _workers("prefill", config.prefill).bind("prefill", config, secret)
     decode = _workers("decode", config.decode).bind("decode", config, secret)
     gateway = serve.deployment(
-        serve.ingress()(Gateway),
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=1_000_000,  # the gateway's own limits count tokens; Serve's would count requests
         ray_actor_options={"num_cpus": 0},
         health_check_period_s=1,
         health_check_timeout_s=5,
-    )
+    )(serve.ingress()(Gateway))
     return gateway.bind(config, secret, prefill, decode)
 
 
 def _workers(role: Literal["prefill", "decode"], config: RoleConfig) -> Any:
     return serve.deployment(
-        WorkerReplica,
         name=role,
         num_replicas=config.workers,
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         health_check_period_s=1,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=5,
-    )
+    )(WorkerReplica)

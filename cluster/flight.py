@@ -18,7 +18,8 @@ from cluster.router import Costs, Route, RouteRequest, WorkerView, choose
 from workers.messages import Failed, Landed, Prefill, Reserve, Ticketed, Tokens, Update
 from workers.request import SamplingParams, TokenLogprobs
 
-MAX_RESTARTS = 8
+MAX_RESTARTS = 6
+RESTART_PAUSE_S = 0.02  # before the first restart; doubles with each
 ROUTE_WAIT_S = 15.0  # how long a request waits for a routable pair before it is refused
 
 
@@ -59,7 +60,7 @@ class Step:
     logprobs: list[TokenLogprobs] | None
 
 
-class _Retry(Exception):  # noqa: N818 - a signal between an attempt and the loop around it, never an error of its own
+class _Retry(Exception):
     """This attempt is over; another one may succeed."""
 
 
@@ -107,6 +108,7 @@ class Pilot:
                         raise WorkersLost(
                             f"gave up after {MAX_RESTARTS} restarts; the last: {reason}"
                         ) from None
+                    await asyncio.sleep(RESTART_PAUSE_S * 2 ** (flight.restarts - 1))
         finally:
             self._flights.discard(flight)
 
@@ -187,11 +189,11 @@ class Pilot:
         return Step(update.tokens, update.logprobs)
 
     def _check_over(self, update: Update | WorkerLost, prefill: Connection, *, landed: bool) -> None:
-        """Ends the attempt where the update says so: a lost prefill worker no longer matters once all has landed."""
+        """Ends the attempt where the update says so. Once all has landed the prefill worker's fate no longer matters."""
         if isinstance(update, WorkerLost):
             if not (landed and update.worker == prefill.info.worker):
                 raise _Retry(f"worker {update.worker} was lost")
-        elif isinstance(update, Failed):
+        elif isinstance(update, Failed) and not landed:
             if not update.retry:
                 raise ContextTooLong(update.reason)
             raise _Retry(update.reason)

@@ -27,7 +27,9 @@ from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.tokenizer import Tokenizer
 from kernels.layout import PAGE_SIZE
+from workers.config import EngineConfig
 from workers.model_config import ModelConfig
+from workers.paged_cache import num_pages_for
 from workers.request import SamplingParams
 
 log = logging.getLogger(__name__)
@@ -56,14 +58,11 @@ class Gateway:
         )
         self._fleet.on_load = self._metrics.observe_load
         self._fleet.on_gone = self._metrics.forget
-        layout = model.cache_layout(config.prefill.engine.precision == "fp8")
+        layout = model.cache_layout(config.decode.engine.precision == "fp8")
         costs = Costs(bytes_per_token=layout.token_bytes * model.num_hidden_layers)
         self._pilot = Pilot(self._fleet, costs, self._directory)
         self._limits = Limits(
-            max_context=min(
-                engine.max_context or model.max_position_embeddings
-                for engine in (config.prefill.engine, config.decode.engine)
-            ),
+            max_context=min(_context(model, role.engine) for role in (config.prefill, config.decode)),
             vocab_size=model.vocab_size,
         )
         self._config = config
@@ -153,3 +152,10 @@ class Gateway:
             return
         self._fleet.proven.add(pair)
         self._fleet.changed.set()
+
+
+def _context(model: ModelConfig, engine: EngineConfig) -> int:
+    """Tokens of one request, prompt and answer, that a worker of this setting takes."""
+    layout = model.cache_layout(engine.precision == "fp8")
+    num_pages = num_pages_for(engine.cache_bytes, layout, model.num_hidden_layers)
+    return min(engine.max_context or model.max_position_embeddings, num_pages * PAGE_SIZE)

@@ -21,10 +21,9 @@ from rich.console import Console
 
 from cluster.config import ClusterConfig, ConfigError, LedgerConfig, load
 from cluster.ledger import Ledger, LedgerUnavailable
-from workers.model_config import ModelConfig
+from workers.model import load_model
 from workers.paged_cache import num_pages_for
 from workers.tiny import write_tiny
-from workers.weights import Checkpoint, CheckpointError
 
 # Ray Serve reads these at import, in every process. gRPC between replicas: 6.7 -> 1.9 ms for a trivial request (default Serve
 # on two cores); an ASGI app on the replica's own loop costs no thread hop per chunk.
@@ -55,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
             service.wait_ready()
             _greet(config, console)
             service.wait_for_signal()
-    except (StartError, ConfigError, CheckpointError, LedgerUnavailable) as error:
+    except (StartError, ConfigError, LedgerUnavailable) as error:
         console.print(f"[red]lightship:[/red] {error}", soft_wrap=True)
         return 1
     return 0
@@ -91,8 +90,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
         config = msgspec.structs.replace(config, model=str(tiny))
     assert config.model is not None
     model = Path(config.model).resolve()
-    _check_memory(config, ModelConfig.load(model))
-    Checkpoint(model)  # opens every file; what is inside is checked by the workers
+    _check_model(config, model)
     ledger = LedgerConfig(url=_absolute(config.ledger.url))  # the controller runs in a folder of its own
     Ledger(ledger.url).close()
     return msgspec.structs.replace(config, model=str(model), ledger=ledger)
@@ -114,13 +112,14 @@ def _check_port(host: str, port: int) -> None:
             ) from None
 
 
-def _check_memory(config: ClusterConfig, model: ModelConfig) -> None:
-    for role in (config.prefill, config.decode):
-        layout = model.cache_layout(role.engine.precision == "fp8")
-        try:
-            num_pages_for(role.engine.cache_bytes, layout, model.num_hidden_layers)
-        except ValueError as error:
-            raise StartError(str(error)) from None
+def _check_model(config: ClusterConfig, model: Path) -> None:
+    """The checkpoint holds every tensor of the model, and each worker has memory for at least one page."""
+    try:
+        for role in (config.prefill, config.decode):
+            empty = load_model(model, msgspec.structs.replace(role.engine, device="meta"))
+            num_pages_for(role.engine.cache_bytes, empty.layout, empty.config.num_hidden_layers)
+    except ValueError as error:
+        raise StartError(str(error)) from None
 
 
 def _cpus(config: ClusterConfig) -> int:
@@ -133,7 +132,7 @@ def _greet(config: ClusterConfig, console: Console) -> None:
     url = f"http://{config.host}:{config.port}"
     console.print(f"[green]ready[/green]: {url}   (Ctrl-C stops everything)\n")
     console.print("try:  make chat" + (f" PORT={config.port}" if config.port != 8000 else "") + "   or:\n")
-    body = '{"model": "%s", "stream": true, "messages": [{"role": "user", "content": "Hello!"}]}'
+    body = '{"model": "%s", "stream": true, "max_tokens": 64, "messages": [{"role": "user", "content": "Hello!"}]}'
     sys.stdout.write(
         f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body % config.served_model_name}'\n\n"
     )

@@ -112,7 +112,7 @@ class Ops(Protocol):
     def unpack_pages(
         self,
         buffer: torch.Tensor,
-        checksums: torch.Tensor,
+        expected: torch.Tensor,
         pages: torch.Tensor,
         layers: tuple[int, int],
         page_ids: list[int],

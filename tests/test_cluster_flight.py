@@ -1,13 +1,16 @@
 """Requests over real workers in this process: prefill -> ship -> decode over real sockets and process groups, no Ray, no HTTP."""
 
 import asyncio
+import contextlib
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
+import msgspec
 import pytest
+from oracle import Oracle
 
 from cluster.controller import WorkerInfo
 from cluster.fleet import Fleet
@@ -152,6 +155,27 @@ def test_shipped_requests_equal_one_plain_engine(cluster: Cluster, model: Path) 
     assert all(flight.finish == "length" and not flight.restarts for flight in flights)
 
 
+@pytest.mark.parametrize("budget", [2048, 96], ids=["whole", "chunked"])
+def test_greedy_tokens_equal_transformers(model: Path, tmp_path: Path, budget: int) -> None:
+    """Unquantised, through prefill, shipping and decode; prompts shorter and several times longer than top-k, side by side."""
+    config = msgspec.structs.replace(
+        CONFIG, precision="fp32", max_batched_tokens=budget, cache_bytes=30 * 2**20
+    )
+    cluster, oracle = Cluster(model, config, each=1), Oracle(model, tmp_path)
+    flights = [_flight(number, length, max_tokens=12) for number, length in ((21, 40), (22, 300), (23, 500))]
+
+    async def work(pilot: Pilot, _: Fleet) -> None:
+        await asyncio.gather(*(_collect(pilot.fly(flight)) for flight in flights))
+
+    try:
+        cluster.run(work)
+        assert [len(flight.emitted) for flight in flights] == [12, 12, 12]
+        for flight in flights:
+            assert oracle.continues(flight.prompt, flight.emitted)
+    finally:
+        cluster.stop()
+
+
 def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
     cluster = Cluster(model)
     flights = [
@@ -175,3 +199,69 @@ def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
         assert any(flight.restarts for flight in flights)
     finally:
         cluster.stop()
+
+
+def test_a_third_request_ships_only_what_the_decode_worker_lacks(model: Path) -> None:
+    cluster = Cluster(model, each=1)
+    first = _flight(300, 64 * 5 + 9)
+    longer = _flight(300, 64 * 7 + 1)
+    longer.prompt[: len(first.prompt)] = first.prompt
+
+    async def work(pilot: Pilot, _: Fleet) -> list[float]:
+        shipped = []
+        for flight in (first, longer):
+            await _collect(pilot.fly(flight))
+            shipped.append(cluster.prefills[0].links.counters()["shipped_bytes"])
+        return shipped
+
+    try:
+        page_bytes = 64 * 788 * 4  # 788 bytes a token and layer
+        once, twice = cluster.run(work)
+        assert once == 6 * page_bytes
+        assert twice - once == 3 * page_bytes  # the last partial page of the first request is no prefix
+        assert longer.num_hit == 5 * 64
+    finally:
+        cluster.stop()
+
+
+def test_a_flipped_byte_of_an_index_page_is_repaired(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIGHTSHIP_TEST_CORRUPT_SHIPMENT", "index:2")
+    cluster = Cluster(model, each=1)
+    flight = _flight(400, 500)
+
+    async def work(pilot: Pilot, _: Fleet) -> None:
+        await _collect(pilot.fly(flight))
+
+    try:
+        cluster.run(work)
+        assert [flight.emitted] == _alone(model, [flight])
+        assert cluster.decodes[0].links.counters()["refused_pages"] > 0
+        assert cluster.prefills[0].links.counters()["resent_shipments"] == 1
+    finally:
+        cluster.stop()
+
+
+def test_aborts_at_any_moment_return_every_page(cluster: Cluster) -> None:
+    generator = random.Random(9)
+
+    async def work(pilot: Pilot, _: Fleet) -> None:
+        async def one(number: int) -> None:
+            flight = _flight(500 + number, generator.randrange(1, 700), max_tokens=30)
+            limit = generator.choice([0, 1, 2, 10])
+            patience = generator.choice([0.0, 0.01, 0.1, 0.5, 30.0])
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience), contextlib.aclosing(pilot.fly(flight)) as steps:
+                    async for _ in steps:
+                        if len(flight.emitted) > limit:
+                            break
+
+        await asyncio.gather(*(one(number) for number in range(40)))
+        assert pilot.in_progress == 0
+        async with asyncio.timeout(20):
+            while not cluster.idle():
+                await asyncio.sleep(0.05)
+
+    cluster.run(work)
+    for running in cluster.all:
+        assert not running.worker.jobs
+        running.worker.ask(running.worker.engine.pool.check).result(timeout=5)

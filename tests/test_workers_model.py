@@ -121,6 +121,14 @@ def test_only_the_wanted_rows_have_logits(folder: Path) -> None:
     assert torch.equal(logits(19, 4), logits(*range(20))[[19, 4]])
 
 
+def test_selection_matters_as_soon_as_there_is_a_choice(folder: Path, tmp_path: Path) -> None:
+    write_tiny(tmp_path, num_hidden_layers=3, max_position_embeddings=4096, index_topk=32)
+    prompt = torch.randint(15, 512, (150,)).tolist()
+    some, more = (alone(load_model(path, EngineConfig()), prompt).logits[0][0] for path in (tmp_path, folder))
+    assert torch.equal(some[:32], more[:32])
+    assert (some - more)[40:].abs().amax(-1).min() > 0.1
+
+
 def test_absorbed_and_unabsorbed_agree(folder: Path) -> None:
     prompt = torch.randint(15, 512, (180,)).tolist()
     both = [
@@ -170,7 +178,7 @@ def test_rms_norm_reads_the_unrounded_sum() -> None:
     norm = RMSNorm(torch.rand(256) + 0.5, 1e-6)
     x, residual = torch.randn(5, 256).bfloat16(), (50 * torch.randn(5, 256)).bfloat16()
     total = x.float() + residual.float()
-    expected = torch.nn.functional.rms_norm(total, (256,), norm.weight, 1e-6).bfloat16()
+    expected = (total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight).bfloat16()
     out, carried = norm.add(x, residual)
     assert torch.equal(carried, total.bfloat16())
     torch.testing.assert_close(out, expected, atol=0, rtol=2**-8)
@@ -181,7 +189,9 @@ def test_rms_norm_reads_the_unrounded_sum() -> None:
 def test_layer_norm() -> None:
     norm = LayerNorm(torch.rand(128) + 0.5, torch.randn(128))
     x = 1e-3 * torch.randn(7, 128) + 2e-3  # small enough to feel the 1e-6
-    expected = torch.nn.functional.layer_norm(x, (128,), norm.weight, norm.bias, 1e-6)
+    centred = x.double() - x.double().mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
+    expected = (centred * scale * norm.weight + norm.bias).float()
     torch.testing.assert_close(norm(x), expected)
 
 
@@ -201,6 +211,17 @@ def test_sigmoid_has_no_scalar_tail(threads: int) -> None:
         torch.set_num_threads(before)
     torch.testing.assert_close(whole, torch.sigmoid(x))
     assert sigmoid(torch.tensor([-200.0, 200.0])).tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize(
+    "norm", [RMSNorm(torch.ones(256), 1e-6), LayerNorm(torch.ones(256), torch.zeros(256))]
+)
+def test_norms_see_one_row_at_a_time(norm: RMSNorm | LayerNorm) -> None:
+    x = torch.randn(1500, 256)
+    whole = norm(x)
+    assert all(
+        torch.equal(norm(x[i : i + n].clone()), whole[i : i + n]) for n in (1, 3, 499) for i in (0, 77, 1001)
+    )
 
 
 def test_yarn_frequencies(folder: Path) -> None:

@@ -5,6 +5,7 @@ the precision of the cache: prefill and decode see the same bytes.
 """
 
 import itertools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -23,37 +24,34 @@ class Indexer:
     """Writes the index keys of its rows and selects for each row the top-k visible tokens."""
 
     def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
-        heads, dim = config.index_n_heads, config.index_head_dim
         self._config = config
         self._layout = layout
         self._ops = weights.ops
-        self._queries = weights.linear("wq_b", heads * dim, config.q_lora_rank)
-        self._keys = weights.linear("wk", dim, config.hidden_size)
-        self._key_norm = weights.layer_norm("k_norm", dim)
-        self._weights = weights.table("weights_proj", heads, config.hidden_size, torch.float32)
+        self._key_norm = weights.layer_norm("k_norm", config.index_head_dim)
+        self._weights = weights.table("weights_proj", config.index_n_heads, config.hidden_size, torch.float32)
+        self._weight_scale = 1 / math.sqrt(config.index_n_heads * config.index_head_dim)
 
     def __call__(
         self,
         x: torch.Tensor,
-        query_latent: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
         rope: Rope,
         rows: Rows,
         slots: torch.Tensor,
         pages: torch.Tensor,
     ) -> torch.Tensor:
-        """x [T, D], query_latent [T, q_lora_rank] -> slots int32 [T, index_topk], by token position, -1 padded."""
-        config = self._config
-        queries = self._rotate(self._queries(query_latent).unflatten(-1, (-1, config.index_head_dim)), rope)
-        keys = self._rotate(self._key_norm(self._keys(x)).unsqueeze(1), rope).squeeze(1)
-        self._ops.write_index_keys(pages, slots, keys, self._layout)
-        weights = (
-            self._ops.linear(x.float(), self._weights)
-            * (config.index_n_heads * config.index_head_dim) ** -0.5
+        """x [T, D], query [T, heads x dim] and key [T, dim] as projected -> slots int32 [T, topk] by position, -1 padded."""
+        heads = query.unflatten(-1, (-1, self._config.index_head_dim))
+        rotated = self._rotate(torch.cat((heads, self._key_norm(key).unsqueeze(1)), dim=1), rope)
+        self._ops.write_index_keys(pages, slots, rotated[:, -1], self._layout)
+        weights = self._ops.linear(x.float(), self._weights) * self._weight_scale
+        return self._ops.select_tokens(
+            rotated[:, :-1], weights, pages, rows, self._config.index_topk, self._layout
         )
-        return self._ops.select_tokens(queries, weights, pages, rows, config.index_topk, self._layout)
 
     def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """[T, heads, index_head_dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
+        """[T, heads, dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
         rope_dim = self._config.qk_rope_head_dim
         roped = rotate_halves(x[..., :rope_dim], *rope)
         return self._ops.hadamard(torch.cat((roped, x[..., rope_dim:]), dim=-1))
@@ -75,10 +73,21 @@ class Attention:
         self._layout = layout
         self._ops = weights.ops
         self._down = weights.fused(
-            {"q_a_proj": config.q_lora_rank, "kv_a_proj_with_mqa": latent + config.qk_rope_head_dim}, hidden
+            {
+                "q_a_proj": config.q_lora_rank,
+                "indexer.wk": config.index_head_dim,
+                "kv_a_proj_with_mqa": latent + config.qk_rope_head_dim,
+            },
+            hidden,
+        )
+        self._up = weights.fused(
+            {
+                "q_b_proj": heads * config.qk_head_dim,
+                "indexer.wq_b": config.index_n_heads * config.index_head_dim,
+            },
+            config.q_lora_rank,
         )
         self._query_norm = weights.rms_norm("q_a_layernorm", config.q_lora_rank, config.rms_norm_eps)
-        self._query_up = weights.linear("q_b_proj", heads * config.qk_head_dim, config.q_lora_rank)
         self._latent_norm = weights.rms_norm("kv_a_layernorm", latent, config.rms_norm_eps)
         self._attend = (Absorbed if absorbed else Unabsorbed)(config, weights, layout)
         self._out = weights.linear("o_proj", hidden, heads * config.v_head_dim)
@@ -95,15 +104,16 @@ class Attention:
     ) -> torch.Tensor:
         """x [T, D], slots int64 [T] (where each row's caches go) -> [T, D]."""
         config = self._config
-        query_latent, cached = self._down(x)
-        query_latent = self._query_norm(query_latent)
-        query = self._query_up(query_latent).unflatten(-1, (-1, config.qk_head_dim))
-        query_nope, query_pe = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
+        query_latent, index_key, cached = self._down(x)
+        query, index_query = self._up(self._query_norm(query_latent))
+        query_nope, query_pe = query.unflatten(-1, (-1, config.qk_head_dim)).split(
+            (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
+        )
         query_pe = rotate_neighbours(query_pe, *rope)
         latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
         key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
         self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
-        selected = self._indexer(x, query_latent, rope, rows, slots, index_pages)
+        selected = self._indexer(x, index_query, index_key, rope, rows, slots, index_pages)
         out = self._attend(query_nope, query_pe, rows, latent_pages, selected)
         return self._out(out.flatten(1))
 

@@ -95,7 +95,7 @@ class DecodeWorker(Worker):
             request = job.request
             num_resident = request.num_computed_tokens
             parts = 2 * self._cache.latent.shape[0]  # latents and index keys of every layer
-            job.missing = {index: parts for index in range(num_resident // PAGE_SIZE, len(request.pages))}
+            job.missing = dict.fromkeys(range(num_resident // PAGE_SIZE, len(request.pages)), parts)
             generations = [self.engine.pool.generation(page) for page in request.pages]
             ticket = Ticket(self.id, self.epoch, request.id, list(request.pages), generations, num_resident)
             self._send(job, Ticketed(request.id, ticket))

@@ -8,6 +8,7 @@ tail differ in the last bit, and where the tail begins depends on the batch. tor
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from kernels.dispatch import Fp8Weight, Ops
 
@@ -60,7 +61,7 @@ class RMSNorm:
         return self._normalize(total).to(x.dtype), total.to(x.dtype)
 
     def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps) * self.weight
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,7 @@ class LayerNorm:
     bias: torch.Tensor
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        centred = x.float() - x.float().mean(-1, keepdim=True)
-        scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + LAYER_NORM_EPS)
-        return (centred * scale * self.weight + self.bias).to(x.dtype)
+        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS).to(x.dtype)
 
 
 @dataclass(frozen=True)

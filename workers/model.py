@@ -125,7 +125,8 @@ def _load_layer(
 def load_model(path: str | Path, engine_config: EngineConfig, *, progress: Progress | None = None) -> Model:
     """Reads a Hugging Face checkpoint folder.
 
-    `progress` is called with (tensors read, tensors in all). Raises ValueError for a config that is not supported and
+    `progress` is called with (tensors read, tensors in all). On device "meta" nothing but the files' headers is read, to see
+    whether every tensor is there in its right shape. Raises ValueError for a config that is not supported and
     CheckpointError for files that do not hold the model, naming the file and the tensor.
     """
     config = ModelConfig.load(path)

@@ -64,7 +64,7 @@ class MoE:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         experts, weights = self.gate(x)
         picks = experts.shape[1]
-        order = experts.flatten().argsort(stable=True)  # picks of all tokens, expert after expert
+        order = experts.flatten().argsort()  # picks of all tokens, expert after expert
         counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
         parts = zip(self.experts, x[order // picks].split(counts), strict=True)
         routed = torch.cat([expert(part) for expert, part in parts if len(part)])

@@ -17,6 +17,7 @@ from kernels.layout import PAGE_SIZE
 from workers.engine import Engine, StepOutput
 from workers.messages import Load, Prefill, Submit, Ticket, Tokens
 from workers.request import Request
+from workers.scheduler import QueueFull
 from workers.shipping.sender import Shipper
 from workers.worker import Emit, Job, Worker
 
@@ -73,6 +74,8 @@ class PrefillWorker(Worker):
         )
         try:
             self.engine.add(request)
+        except QueueFull as error:
+            self._fail(job, str(error), retry=True)
         except ValueError as error:
             self._fail(job, str(error), retry=False)
         else:

@@ -99,9 +99,8 @@ class Scheduler:
                 f"request {request.id}: {num_tokens} tokens leave no room for an answer: "
                 f"the context is {self.max_context} tokens"
             )
-        needed = pages_for(
-            max(num_tokens, self._longest(request) - 1)
-        )  # the last token sampled is never computed
+        # The last token sampled is never computed.
+        needed = pages_for(num_tokens if request.one_token else max(num_tokens, self._limit(request) - 1))
         if needed > self.pool.num_pages:
             raise ValueError(
                 f"request {request.id}: {request.num_prompt_tokens} prompt tokens and max_tokens "
@@ -226,10 +225,8 @@ class Scheduler:
         self._num_arrivals += 1
         self._requests[request.id] = request
 
-    def _longest(self, request: Request) -> int:
-        """The most tokens this engine may bring the request to."""
-        if request.one_token:
-            return len(request.tokens) + 1
+    def _limit(self, request: Request) -> int:
+        """The number of tokens at which the request ends for its length."""
         return min(request.num_prompt_tokens + request.sampling.max_tokens, self.max_context)
 
     def _landing(self, request_id: str) -> tuple[Request, set[int]]:
@@ -301,9 +298,7 @@ class Scheduler:
         stops = request.sampling.stop_token_ids
         if token in stops or (token in self._eos_token_ids and not request.sampling.ignore_eos):
             self._finish(request, "stop")
-        elif len(request.tokens) >= min(
-            request.num_prompt_tokens + request.sampling.max_tokens, self.max_context
-        ):
+        elif len(request.tokens) >= self._limit(request):
             self._finish(request, "length")
         elif request.one_token:
             self._finish(request, "prefilled")

@@ -113,12 +113,10 @@ when we there can which their will would about out many then them these so some 
 write go see number no way could people my than first water been call who its now find long down day did get come made
 may part question answer token page cache worker prompt model request prefix attention"""
 
-HEAD_GAIN = (
-    3.0  # logits with a standard deviation of about 3: sampling at temperature 1 is neither greedy nor random
-)
-MARKER_GAIN = (
-    0.1  # of what they are otherwise: random text should not open and close the chat format's brackets
-)
+# Standard deviations, relative to 1 / sqrt(fan-in).
+MLP_GAIN = 0.3  # of the last matrix: where FP8 rounding tips a choice of experts, not everything changes
+HEAD_GAIN = 3.0  # logits spread by about 3: at temperature 1 neither greedy nor uniform
+MARKER_GAIN = 0.3  # of the head's rows for markers: random text should rarely open or close a bracket of the chat format
 
 
 def write_tiny(
@@ -196,7 +194,7 @@ class _Tensors:
     def _mlp(self, name: str, size: int) -> Iterator[tuple[str, torch.Tensor]]:
         yield from self._matrix(f"{name}.gate_proj", size, self._config.hidden_size)
         yield from self._matrix(f"{name}.up_proj", size, self._config.hidden_size)
-        yield from self._matrix(f"{name}.down_proj", self._config.hidden_size, size)
+        yield from self._matrix(f"{name}.down_proj", self._config.hidden_size, size, gain=MLP_GAIN)
 
     def _mtp_layer(self, name: str) -> Iterator[tuple[str, torch.Tensor]]:
         hidden = self._config.hidden_size
@@ -208,9 +206,11 @@ class _Tensors:
         yield self._norm(f"{name}.shared_head.norm", hidden)
         yield self._head(f"{name}.shared_head.head")
 
-    def _matrix(self, name: str, rows: int, columns: int) -> Iterator[tuple[str, torch.Tensor]]:
+    def _matrix(
+        self, name: str, rows: int, columns: int, *, gain: float = 1.0
+    ) -> Iterator[tuple[str, torch.Tensor]]:
         """A linear layer: e4m3 with its scales, or bf16."""
-        weight = self._uniform((rows, columns), columns**-0.5)
+        weight = self._uniform((rows, columns), gain * columns**-0.5)
         if not self._fp8:
             yield f"{name}.weight", weight.bfloat16()
             return
@@ -230,7 +230,7 @@ class _Tensors:
     def _head(self, name: str) -> tuple[str, torch.Tensor]:
         config = self._config
         weight = self._uniform((config.vocab_size, config.hidden_size), HEAD_GAIN * config.hidden_size**-0.5)
-        weight[len(SPECIAL) : len(SPECIAL) + len(MARKERS)] *= MARKER_GAIN
+        weight[len(SPECIAL) : len(SPECIAL) + len(MARKERS)] *= MARKER_GAIN / HEAD_GAIN
         return f"{name}.weight", weight.bfloat16()
 
     def _norm(self, name: str, size: int) -> tuple[str, torch.Tensor]:

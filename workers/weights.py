@@ -23,6 +23,11 @@ SINGLE_FILE = "model.safetensors"
 Progress = Callable[[int, int], None]  # (tensors taken, tensors in all)
 
 _FP8 = torch.float8_e4m3fn
+_DTYPES = {
+    "F8_E4M3": _FP8,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+}  # safetensors' names; others are refused
 _FLOATS = (torch.bfloat16, torch.float32)
 
 
@@ -73,8 +78,7 @@ class Checkpoint:
         if file is None:
             raise CheckpointError(f"{self.folder}: tensor {name} is missing")
         try:
-            # On a CPU the tensor is a window into the file; the copy lets go of the file.
-            tensor: torch.Tensor = self._files[file].get_tensor(name).clone()
+            tensor = self._read(file, name)
         except SafetensorError as error:
             raise CheckpointError(f"{self.folder / file}: tensor {name} cannot be read: {error}") from error
         if tuple(tensor.shape) != shape:
@@ -96,6 +100,15 @@ class Checkpoint:
             name, file = min(self._waiting.items())
             others = f" (and {len(self._waiting) - 1} more)" if len(self._waiting) > 1 else ""
             raise CheckpointError(f"{self.folder / file}: tensor {name}{others} is not part of this model")
+
+    def _read(self, file: str, name: str) -> torch.Tensor:
+        if self._device == "meta":  # the file's header says it all
+            header = self._files[file].get_slice(name)
+            dtype = _DTYPES.get(header.get_dtype(), torch.uint8)
+            return torch.empty(header.get_shape(), dtype=dtype, device="meta")
+        # On a CPU the tensor is a window into the file; the copy lets go of the file.
+        tensor: torch.Tensor = self._files[file].get_tensor(name).clone()
+        return tensor
 
     def _open_files(self) -> dict[str, str]:
         """Tensor name -> file name, as the index and the files agree."""
@@ -121,7 +134,9 @@ class Checkpoint:
     def _open(self, file: str) -> set[str]:
         path = self.folder / file
         try:
-            self._files[file] = safe_open(path, framework="pt", device=self._device)
+            self._files[file] = safe_open(
+                path, framework="pt", device="cpu" if self._device == "meta" else self._device
+            )
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path}: not a whole safetensors file: {error}") from error
         return set(self._files[file].keys())

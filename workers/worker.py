@@ -109,7 +109,7 @@ class Worker:
                     self._after_step(self.engine.step())
                 self._flush()
                 self.alive_at = time.monotonic()
-        except BaseException as error:  # noqa: BLE001 - outermost loop: the health check reports it and Serve replaces us
+        except BaseException as error:
             self.error = error
             log.exception("worker %s: engine thread died", self.id)
 

@@ -47,7 +47,7 @@ def read_latents(pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout) 
         out = torch.cat((latent, k_pe.view(torch.bfloat16).float()), dim=-1)
     else:
         out = rows.view(torch.float32)
-    return out.view(*slots.shape, -1)
+    return out.view(*slots.shape, layout.latent_dim + layout.rope_dim)
 
 
 def read_index_keys(pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout) -> torch.Tensor:

@@ -6,7 +6,7 @@ on how rows are chunked, nor on the length of the context.
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -20,8 +20,9 @@ from kernels.rows import Rows
 
 QUERY_TILE = 32  # (row, head) pairs multiplied at once, or the heads of one row if they are more
 KEY_TILE = 512
+PAGES_IN_TILE = KEY_TILE // PAGE_SIZE
 KEY_TILES_AT_ONCE = 8  # their logits stay in the CPU's cache
-CHUNK_BYTES = 16 * 2**20  # what the scores of some rows may take, whatever the context: decides how many rows that is
+CHUNK_BYTES = 16 * 2**20  # what scores may take at a time, whatever the context
 _SCORE_BYTES = 32  # one score, and what sorting it takes
 
 
@@ -67,20 +68,21 @@ def select_tokens(
     visible = lengths.tolist()
 
     @functools.lru_cache(maxsize=1)  # a long request is scored in pieces, one right after the other
-    def keys_of(request: int) -> list[torch.Tensor]:
-        start, end = rows.query_starts[request : request + 2]
-        return _key_groups(index_pages, rows.page_table[request], max(visible[start:end]), layout)
+    def keys_of(*requests: int) -> tuple[torch.Tensor, ...]:
+        lengths = [max(visible[slice(*rows.query_starts[request : request + 2])]) for request in requests]
+        return _key_tiles(index_pages, rows.page_table, requests, lengths, layout)
 
     selected = torch.empty(len(q), topk, dtype=torch.int32, device=q.device)
     for pieces in _chunks(rows, visible):
         chunk = slice(pieces[0].start, pieces[-1].end)
         width = max(piece.length for piece in pieces)
-        scores = q.new_zeros(chunk.stop - chunk.start, width, dtype=torch.float32)
-        for piece in pieces:
-            if piece.length > topk:  # else all of its tokens are taken, whatever their scores
-                own = slice(piece.start, piece.end)
-                target = scores[piece.start - chunk.start : piece.end - chunk.start, : piece.length]
-                _score(_as_cached(q[own], layout), weights[own], keys_of(piece.request), out=target)
+        chunk_q, chunk_weights = _as_cached(q[chunk], layout), weights[chunk]
+        scores = chunk_q.new_zeros(len(chunk_q), width)
+        # The others take all of their tokens, whatever their scores.
+        scored = [piece for piece in pieces if piece.length > topk]
+        for piece, keys in zip(scored, keys_of(*(piece.request for piece in scored)), strict=True):
+            own = slice(piece.start - chunk.start, piece.end - chunk.start)
+            _score(chunk_q[own], chunk_weights[own], keys, out=scores[own, : piece.length])
         picks = top_k(scores, lengths[chunk], topk)
         owners = [piece.request for piece in pieces for _ in range(piece.start, piece.end)]
         selected[chunk] = _slots(picks, rows.page_table, owners)
@@ -98,7 +100,7 @@ def index_scores(
         raise ValueError(f"rows holds {len(rows.query_starts) - 1} requests, but index_scores takes one")
     length = int(rows.positions.max()) + 1
     scores = q.new_empty(len(q), length, dtype=torch.float32)
-    keys = _key_groups(index_pages, rows.page_table[0], length, layout)
+    (keys,) = _key_tiles(index_pages, rows.page_table, (0,), [length], layout)
     _score(_as_cached(q, layout), weights, keys, out=scores)
     hidden = torch.arange(length, device=q.device) > rows.positions.unsqueeze(1)
     return scores.masked_fill_(hidden, -torch.inf)
@@ -130,33 +132,42 @@ def _as_cached(q: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
     return dequantize_blocks(*quantize_blocks(q)) if layout.quantized else q.float()
 
 
-def _key_groups(
-    index_pages: torch.Tensor, page_ids: torch.Tensor, length: int, layout: CacheLayout
-) -> list[torch.Tensor]:
-    """The keys of a request's first `length` tokens: fp32 [at most KEY_TILES_AT_ONCE, KEY_TILE, index_dim] each.
+def _key_tiles(
+    index_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    requests: Sequence[int],
+    lengths: list[int],
+    layout: CacheLayout,
+) -> tuple[torch.Tensor, ...]:
+    """Of each request the keys of its first tokens, `lengths` says how many: fp32 [n, KEY_TILE, index_dim].
 
     Zeros where it has no page; after the last of its tokens the last page may hold anything.
     """
-    pages_a_tile = KEY_TILE // PAGE_SIZE
-    used = page_ids[: -(-length // PAGE_SIZE)]
-    tiles = F.pad(used, (0, -len(used) % pages_a_tile), value=-1).split(pages_a_tile * KEY_TILES_AT_ONCE)
-    return [read_index_pages(index_pages, tile, layout).view(-1, KEY_TILE, layout.index_dim) for tile in tiles]
+    if not requests:
+        return ()
+    counts = [-(-length // KEY_TILE) for length in lengths]
+    table = F.pad(page_table, (0, -page_table.shape[1] % PAGES_IN_TILE), value=-1)
+    page_ids = torch.cat(
+        [table[request, : count * PAGES_IN_TILE] for request, count in zip(requests, counts, strict=True)]
+    )
+    keys = [
+        read_index_pages(index_pages, ids, layout)
+        for ids in page_ids.split(PAGES_IN_TILE * KEY_TILES_AT_ONCE)
+    ]
+    return torch.cat(keys).view(-1, KEY_TILE, layout.index_dim).split(counts)
 
 
-def _score(q: torch.Tensor, weights: torch.Tensor, key_groups: list[torch.Tensor], *, out: torch.Tensor) -> None:
-    """q fp32 [t, H, D], weights fp32 [t, H]; fills out fp32 [t, L] with the scores of the first L keys, nothing masked."""
-    num_rows, heads, _ = q.shape
-    tile = max(1, QUERY_TILE // heads)
-    pad = -num_rows % tile
+def _score(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, out: torch.Tensor) -> None:
+    """q fp32 [t, H, D], weights fp32 [t, H], keys fp32 [n, KEY_TILE, D]: fills out [t, L] with the scores of L keys, unmasked."""
+    heads, tile = q.shape[1], max(1, QUERY_TILE // q.shape[1])
+    pad = -len(q) % tile
     queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).flatten(1, 2)
     factors = F.pad(weights, (0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).unsqueeze(-1)
-    targets = out.split(tile)
-    for keys, columns in zip(key_groups, range(0, out.shape[1], KEY_TILE * KEY_TILES_AT_ONCE), strict=False):
-        needed = -(-(out.shape[1] - columns) // KEY_TILE)
-        for query, factor, target in zip(queries, factors, targets, strict=True):
-            scores = _score_tile(query, factor, keys[:needed])
-            part = target[:, columns : columns + scores.shape[1]]
-            part.copy_(scores[: part.shape[0], : part.shape[1]])
+    key_groups = keys[: -(-out.shape[1] // KEY_TILE)].split(KEY_TILES_AT_ONCE)
+    for key_group, columns in zip(key_groups, out.split(KEY_TILE * KEY_TILES_AT_ONCE, dim=1), strict=True):
+        for query, factor, target in zip(queries, factors, columns.split(tile), strict=True):
+            scores = _score_tile(query, factor, key_group)
+            target.copy_(scores[: target.shape[0], : target.shape[1]])
 
 
 def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:

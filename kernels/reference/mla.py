@@ -1,22 +1,34 @@
-"""Absorbed MLA over paged latents: every head reads the same row, its latent as key and value and its roped key.
+"""Absorbed MLA over paged latents: all heads read the same rows, latent and roped key as key, latent as value.
 
-Knows nothing of how the rows were selected. On a CPU the bits of a query row depend on its own slots alone: each row is one
-product of a fixed shape, whatever else is in the batch.
+Knows nothing of how tokens were selected. On a CPU the bits of a query row depend neither on the other rows nor on how many there
+are: its products have a fixed shape (sparse: one product a row; dense: tiles).
 """
 
 import itertools
 
 import torch
+import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.cache import read_latents
 from kernels.rows import Rows
 
-CHUNK_BYTES = 64 * 2**20  # gathered rows held at a time; the row count of a chunk follows from it
+GATHER_BYTES = (
+    2 * 2**20
+)  # gathered rows held at a time (at least one query's), so that they stay in the CPU's cache
+QUERY_TILE = 64  # dense: (row, head) pairs multiplied at once, or the heads of one row if they are more
+KEY_TILE = 512
+LOWEST = torch.finfo(
+    torch.float32
+).min  # stands for the maximum of nothing: finite, so that weights stay zero
 
 
 def sparse_mla(
-    q: torch.Tensor, latent_pages: torch.Tensor, slots: torch.Tensor, softmax_scale: float, layout: CacheLayout
+    q: torch.Tensor,
+    latent_pages: torch.Tensor,
+    slots: torch.Tensor,
+    softmax_scale: float,
+    layout: CacheLayout,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of each query row over the tokens in its slots.
 
@@ -26,57 +38,96 @@ def sparse_mla(
     Returns out [T, H, latent_dim] in q's dtype and the log-sum-exp fp32 [T, H], natural log. A row without a valid slot gives
     0 and +inf, as FlashMLA does.
     """
-    num_slots = len(latent_pages) * PAGE_SIZE
-    valid = (slots >= 0) & (slots < num_slots)
-    slots = slots.masked_fill(~valid, -1)
-    out = q.new_empty(*q.shape[:2], layout.latent_dim)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    step = max(1, CHUNK_BYTES // (4 * max(1, slots.shape[1]) * (layout.latent_dim + layout.rope_dim)))
-    table, where = _latent_table(latent_pages, slots, layout)
-    for start in range(0, len(q), step):
+    num_rows, heads, _ = q.shape
+    topk = slots.shape[1]
+    out = q.new_empty(num_rows, heads, layout.latent_dim)
+    lse = q.new_empty(num_rows, heads, dtype=torch.float32)
+    hidden = (slots < 0) | (slots >= len(latent_pages) * PAGE_SIZE)
+    used, where = slots.unique(return_inverse=True)
+    latents = read_latents(latent_pages, used, layout)  # each token once, however many rows selected it
+    step = max(1, GATHER_BYTES // (4 * topk * latents.shape[1]))
+    for start in range(0, num_rows, step):
         chunk = slice(start, start + step)
-        rows = table[where[chunk]]
-        out[chunk], lse[chunk] = _attend(q[chunk], rows, valid[chunk].unsqueeze(1), softmax_scale, layout)
+        gathered = latents.index_select(0, where[chunk].flatten()).view(-1, topk, latents.shape[1])
+        out[chunk], lse[chunk] = _attend(q[chunk], gathered, hidden[chunk], softmax_scale, layout.latent_dim)
     return out, lse
 
 
 def dense_mla(
     q: torch.Tensor, latent_pages: torch.Tensor, rows: Rows, softmax_scale: float, layout: CacheLayout
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """As sparse_mla, over every token that a row sees. For comparison and for short contexts."""
-    out = q.new_empty(*q.shape[:2], layout.latent_dim)
-    lse = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    offsets = torch.arange(PAGE_SIZE, device=q.device)
+    """As sparse_mla, over every token that a row sees: for comparison and for short contexts."""
+    num_rows, heads, _ = q.shape
+    out = q.new_empty(num_rows, heads, layout.latent_dim)
+    lse = q.new_empty(num_rows, heads, dtype=torch.float32)
+    step = max(1, QUERY_TILE // heads)
     for request, (first, end) in enumerate(itertools.pairwise(rows.query_starts)):
         if first == end:
             continue
         length = int(rows.positions[first:end].max()) + 1
-        pages = rows.page_table[request, : -(-length // PAGE_SIZE)].long()
-        latents = read_latents(latent_pages, (pages.unsqueeze(1) * PAGE_SIZE + offsets).flatten(), layout)[:length]
-        step = max(1, CHUNK_BYTES // (8 * q.shape[1] * length))
+        slots = _visible_slots(rows.page_table[request], length)
+        tiles = read_latents(latent_pages, slots.view(-1, KEY_TILE), layout)
         for start in range(first, end, step):
-            chunk = slice(start, min(start + step, end))
-            visible = torch.arange(length, device=q.device) <= rows.positions[chunk].unsqueeze(1)
-            out[chunk], lse[chunk] = _attend(q[chunk], latents, visible.unsqueeze(1), softmax_scale, layout)
+            tile = slice(start, min(start + step, end))
+            pad = step - (tile.stop - tile.start)
+            queries = F.pad(q[tile].float(), (0, 0, 0, 0, 0, pad)).flatten(0, 1)
+            positions = F.pad(rows.positions[tile], (0, pad), value=-1).repeat_interleave(heads)
+            tile_out, tile_lse = _attend_tiles(queries, positions, tiles, softmax_scale, layout.latent_dim)
+            out[tile] = tile_out.unflatten(0, (step, heads))[: step - pad]
+            lse[tile] = tile_lse.unflatten(0, (step, heads))[: step - pad]
     return out, lse
 
 
-def _latent_table(
-    latent_pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows that are used, each dequantised once, and where in them each slot is."""
-    used, where = slots.unique(return_inverse=True)
-    return read_latents(latent_pages, used, layout), where
-
-
 def _attend(
-    q: torch.Tensor, rows: torch.Tensor, valid: torch.Tensor, softmax_scale: float, layout: CacheLayout
+    q: torch.Tensor, latents: torch.Tensor, hidden: torch.Tensor, softmax_scale: float, latent_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """q [t, H, D], rows fp32 [t, n, D] or, for all query rows, [n, D]; valid bool [t, 1, n]."""
-    queries = q.float()
-    logits = (torch.matmul(queries, rows.transpose(-1, -2)) * softmax_scale).masked_fill_(~valid, -torch.inf)
-    lse = logits.logsumexp(-1)
-    empty = lse == -torch.inf
-    weights = torch.exp(logits - lse.masked_fill(empty, 0.0).unsqueeze(-1))
-    out = torch.matmul(weights, rows[..., : layout.latent_dim])
-    return out.to(q.dtype), lse.masked_fill(empty, torch.inf)
+    """q [t, H, D], latents fp32 [t, topk, D], hidden bool [t, topk] -> [t, H, latent_dim] and [t, H]."""
+    scores = torch.bmm(q.float(), latents.transpose(1, 2)).mul_(softmax_scale)
+    scores.masked_fill_(hidden.unsqueeze(1), -torch.inf)
+    highest = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
+    weights = scores.sub_(highest).exp_()
+    total = weights.sum(-1, keepdim=True)
+    return _normalized(torch.bmm(weights, latents[..., :latent_dim]), total, highest)
+
+
+def _attend_tiles(
+    queries: torch.Tensor,
+    positions: torch.Tensor,
+    tiles: torch.Tensor,
+    softmax_scale: float,
+    latent_dim: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """queries fp32 [m, D], positions int64 [m], tiles fp32 [n, KEY_TILE, D] -> [m, latent_dim] and [m], by online softmax.
+
+    A tile of which a row sees nothing changes no bit of it.
+    """
+    highest = queries.new_full((len(queries), 1), LOWEST)
+    total = torch.zeros_like(highest)
+    out = queries.new_zeros(len(queries), latent_dim)
+    numbers = torch.arange(KEY_TILE, device=queries.device)
+    for number, latents in enumerate(tiles):
+        hidden = numbers + number * KEY_TILE > positions.unsqueeze(1)
+        scores = torch.mm(queries, latents.T).mul_(softmax_scale).masked_fill_(hidden, -torch.inf)
+        raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
+        rescale = torch.exp(highest - raised)
+        weights = scores.sub_(raised).exp_()
+        total = total * rescale + weights.sum(-1, keepdim=True)
+        out = out * rescale + torch.mm(weights, latents[:, :latent_dim])
+        highest = raised
+    return _normalized(out, total, highest)
+
+
+def _normalized(
+    out: torch.Tensor, total: torch.Tensor, highest: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted sum [..., latent_dim], sum of weights and maximum [..., 1] -> output and log-sum-exp [...]."""
+    empty = total == 0
+    lse = (highest + total.log()).masked_fill(empty, torch.inf)
+    return out / total.masked_fill(empty, 1.0), lse.squeeze(-1)
+
+
+def _visible_slots(page_ids: torch.Tensor, length: int) -> torch.Tensor:
+    """page_ids int32 [n] of one request -> the slots of its tokens 0 .. length - 1, -1 up to a multiple of KEY_TILE."""
+    pages = page_ids[: -(-length // PAGE_SIZE)].long()
+    slots = (pages.unsqueeze(1) * PAGE_SIZE + torch.arange(PAGE_SIZE, device=pages.device)).flatten()[:length]
+    return F.pad(slots, (0, -length % KEY_TILE), value=-1)

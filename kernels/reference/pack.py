@@ -1,7 +1,7 @@
 """Pages as one buffer with a checksum each, to be shipped to another worker. Knows nothing of connections or requests.
 
-Pages are uint8 [L, P, ...], all layers of one kind. `layers` is (start, stop). A buffer holds, layer after layer, the pages in the
-order of `page_ids`.
+Pages are uint8 [L, P, ...], contiguous, all layers of one kind. `layers` is (start, stop). A buffer holds, layer after layer, the
+pages in the order of `page_ids`.
 """
 
 import functools
@@ -9,64 +9,72 @@ import math
 
 import torch
 
-_WORD_BYTES = 4
-
 
 def checksums(pages: torch.Tensor) -> torch.Tensor:
     """pages uint8 [n, page_bytes] -> int64 [n]: the sum modulo 2^64 of 32-bit words times odd 64-bit numbers, one a position.
 
-    A change within one word is always found. Any other, moved words included, is missed with a chance of about 2^-32.
+    A change within one word is always found, any other but for a chance of about 2^-32. page_bytes: a multiple of 4.
     """
-    words = pages.contiguous().view(torch.int32)
-    return (words * _multipliers(words.shape[1], words.device)).sum(1)
+    words = pages.view(torch.int32)
+    multipliers = _multipliers(words.shape[1], words.device)
+    if words.is_cuda or not len(words):
+        return (words * multipliers).sum(1)
+    return torch.stack([(page * multipliers).sum() for page in words])  # within a cache: five times faster
 
 
 def pack_pages(
     pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the buffer, uint8, contiguous, and the checksums int64 [(stop - start) * len(page_ids)], layer after layer."""
-    start, stop = layers
-    ids = torch.tensor(page_ids, dtype=torch.int64, device=pages.device)
-    packed = pages[start:stop].index_select(1, ids).flatten(2).flatten(0, 1)
+    packed = _as_rows(pages).index_select(0, _row_numbers(pages, layers, page_ids))
     return packed.flatten(), checksums(packed)
 
 
 def unpack_pages(
     buffer: torch.Tensor,
-    checksums: torch.Tensor,
+    expected: torch.Tensor,
     pages: torch.Tensor,
     layers: tuple[int, int],
     page_ids: list[int],
 ) -> list[tuple[int, int]]:
-    """Verifies every page of the buffer, then writes those that are right. Returns the (layer, index in page_ids) of the others.
+    """Verifies every page of the buffer against its expected checksum, then writes those that are right into `pages`.
 
-    ValueError if the buffer or the checksums are not as long as the pages they are for.
+    Returns the (layer, index in page_ids) of the others. ValueError if buffer or checksums do not fit the pages in number.
     """
-    start, stop = layers
-    count = (stop - start) * len(page_ids)
-    page_bytes = math.prod(pages.shape[2:])
-    if buffer.numel() != count * page_bytes:
-        raise ValueError(f"buffer has {buffer.numel()} bytes, but {count} pages take {count * page_bytes}")
-    if checksums.numel() != count:
-        raise ValueError(f"checksums holds {checksums.numel()} numbers for {count} pages")
-    packed = buffer.view(count, page_bytes)
-    right = globals()["checksums"](packed) == checksums.to(packed.device)
-    where = [(layer, index) for layer in range(start, stop) for index in range(len(page_ids))]
-    good = right.tolist()
-    for (layer, index), page, is_good in zip(where, packed, good, strict=True):
-        if is_good:
-            pages[layer, page_ids[index]] = page.view(pages.shape[2:])
-    return [place for place, is_good in zip(where, good, strict=True) if not is_good]
+    rows = _as_rows(pages)
+    numbers = _row_numbers(pages, layers, page_ids)
+    if buffer.numel() != len(numbers) * rows.shape[1]:
+        raise ValueError(
+            f"buffer has {buffer.numel()} bytes, but {len(numbers)} pages take {len(numbers) * rows.shape[1]}"
+        )
+    if expected.numel() != len(numbers):
+        raise ValueError(f"there are {expected.numel()} checksums for {len(numbers)} pages")
+    received = buffer.view(-1, rows.shape[1])
+    right = checksums(received) == expected.to(received.device)
+    rows.index_copy_(0, numbers[right], received[right])
+    wrong = (~right).nonzero().flatten().tolist()
+    return [(layers[0] + number // len(page_ids), number % len(page_ids)) for number in wrong]
+
+
+def _as_rows(pages: torch.Tensor) -> torch.Tensor:
+    """A view of all layers' pages, uint8 [L x P, page_bytes]."""
+    return pages.view(-1, math.prod(pages.shape[2:]))
+
+
+def _row_numbers(pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]) -> torch.Tensor:
+    num_pages = pages.shape[1]
+    numbers = [layer * num_pages + page for layer in range(*layers) for page in page_ids]
+    return torch.tensor(numbers, dtype=torch.int64, device=pages.device)
 
 
 @functools.cache
 def _multipliers(count: int, device: torch.device) -> torch.Tensor:
-    """Odd pseudo-random int64 [count], the same everywhere: splitmix64 of the position."""
-    values = []
+    """int64 [count], odd, the same on every machine: splitmix64 of the position."""
+    numbers = []
     for position in range(1, count + 1):
-        z = (position * 0x9E3779B97F4A7C15) % 2**64
-        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-        z = (z ^ (z >> 31)) | 1
-        values.append(z - 2**64 if z >= 2**63 else z)
-    return torch.tensor(values, dtype=torch.int64, device=device)
+        z = position * 0x9E3779B97F4A7C15 % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        odd = (z ^ (z >> 31)) | 1
+        numbers.append(odd - 2**64 if odd >= 2**63 else odd)
+    return torch.tensor(numbers, dtype=torch.int64, device=device)

@@ -4,8 +4,6 @@ A power of two makes scaling exact: whatever is computed from dequantised number
 and multiplies by the scales afterwards. Source: act_quant with scale_fmt ue8m0 in DeepSeek-V3.2-Exp.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 
@@ -66,15 +64,10 @@ def _round_in_place(x: torch.Tensor) -> torch.Tensor:
 
 
 def _to_fp32(values: torch.Tensor) -> torch.Tensor:
-    """By table: torch's own conversion takes four times as long on a CPU."""
-    codes = values.view(torch.uint8).flatten().int()
-    return _e4m3_table(values.device).index_select(0, codes).view(values.shape)
-
-
-@functools.cache
-def _e4m3_table(device: torch.device) -> torch.Tensor:
-    codes = torch.arange(256, dtype=torch.int32).to(torch.uint8)
-    return codes.view(torch.float8_e4m3fn).float().to(device)
+    """Exact for every code. Shifted into an fp16, an e4m3 is 256 times too small; torch's conversion takes five times as long."""
+    bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
+    nan = (bits + 0x80).bitwise_and_(0x4000)  # only the code of NaN carries into this bit, which makes it a NaN again
+    return bits.bitwise_or_(nan).view(torch.float16).float().mul_(256)
 
 
 def _split(x: torch.Tensor) -> torch.Tensor:

@@ -28,7 +28,8 @@ def _sort_keys(scores: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:
     """int64 [T, L], larger is better, no two equal in a row: the score's order in the high word, lower positions first."""
     width = scores.shape[1]
     bits = (scores + 0.0).view(torch.int32)
-    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)  # as integers, negative floats count the wrong way
+    # Read as an integer, a negative float counts the wrong way: flip all its bits but the sign.
+    order = (bits >> 31).bitwise_and_(0x7FFFFFFF).bitwise_xor_(bits)
     positions = torch.arange(width, device=scores.device)
     keys = order.long().bitwise_left_shift_(32).bitwise_or_(_LOW_WORD - positions)
     shortest = int(lengths.min().clamp(0, width))

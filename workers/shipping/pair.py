@@ -4,7 +4,6 @@ The one place that knows Gloo from NCCL. Knows nothing of pages, requests or the
 """
 
 import os
-import time
 from datetime import timedelta
 from typing import Any
 
@@ -19,7 +18,6 @@ _TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 _GlooOptions: Any = dist.ProcessGroupGloo._Options  # type: ignore[attr-defined]
 
 PREFILL_RANK, DECODE_RANK = 0, 1
-_POLL_S = 5e-5
 _FIRST_TAG = 0  # of the byte that proves the pair; shipment ids start at 1
 
 
@@ -54,7 +52,11 @@ class Pair:
             _nccl(prefixed, rank, timeout) if backend == "nccl" else _gloo(prefixed, rank, address, timeout)
         )
         self._aborts = backend == "nccl"
-        self._exchange_first_byte(rank, timeout_s)
+        try:
+            self._exchange_first_byte(rank, timeout_s)
+        except RuntimeError:
+            self.abort()
+            raise
 
     def send(self, payload: torch.Tensor, tag: int) -> dist.Work:
         """Starts to send uint8 [n]. `payload` must stay as it is until the peer has said that it arrived."""
@@ -70,18 +72,8 @@ class Pair:
 
     def wait(self, work: dist.Work, timeout_s: float) -> None:
         """Blocks this thread until the work is over. After `abort` it may return without the bytes having come."""
-        if self.stream is None or self.payload_device.type == "cpu":
-            work.wait(timedelta(seconds=timeout_s))
-            return
-        # NCCL's own wait with a timeout looks once a millisecond, which is as long as a payload takes.
         with torch.cuda.stream(self.stream):
-            work.wait()
-            over = self.stream.record_event()
-        deadline = time.monotonic() + timeout_s
-        while not over.query():
-            if time.monotonic() > deadline:
-                raise RuntimeError(f"no payload within {timeout_s:g} s")
-            time.sleep(_POLL_S)
+            work.wait(timedelta(seconds=timeout_s))
 
     def abort(self) -> None:
         """Frees what NCCL is stuck in. Gloo cannot be freed: a stuck wait ends by its own timeout."""
