@@ -324,6 +324,61 @@ def test_the_openai_sdk_works(service: Service) -> None:
         client.completions.create(model="gpt-4", prompt="x", max_tokens=1)
 
 
+BAD = {  # body or fields of it -> status and what the message names
+    "not JSON": (b"{", 400, "JSON"),
+    "not UTF-8": (b'{"model": "\xff"}', 400, "UTF-8"),
+    "too large": (b" " * 10_000_000, 413, "4194304"),
+    "unknown model": ({"model": "gpt-4"}, 404, "gpt-4"),
+    "no model": ({"model": None}, 400, "model"),
+    "negative max_tokens": ({"max_tokens": -1}, 400, "max_tokens"),
+    "huge max_tokens": ({"max_tokens": 10**9}, 400, "12000"),
+    "NaN": (b'{"model": "lightship", "prompt": "x", "temperature": NaN}', 400, "JSON"),
+    "hot": ({"temperature": 3}, 400, "temperature"),
+    "wrong type": ({"prompt": 7}, 400, "prompt"),
+    "unknown token": ({"prompt": [10**6]}, 400, "prompt[0]"),
+    "longer than the context": ({"prompt": [20] * 12_001}, 400, "12000"),
+    "unknown field": ({"wat": 1}, 400, "wat"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_refused_by_name_and_no_worker_sees_it(service: Service, name: str) -> None:
+    wrong, status, mention = BAD[name]
+    content = wrong if isinstance(wrong, bytes) else json.dumps({**_body([20, 21]), **wrong}).encode()
+    with service.client() as client:
+        before = _seen_by_workers(service)
+        answer = client.post("/v1/completions", content=content)
+        assert answer.status_code == status
+        error = answer.json()["error"]
+        assert mention in error["message"]
+        assert set(error) == {"message", "type", "param", "code"}
+        assert _seen_by_workers(service) == before
+
+
+def test_bad_chats_keys_and_paths(service: Service) -> None:
+    with service.client() as client:
+        for messages, mention in (
+            ([], "messages"),
+            ([{"role": "wizard", "content": "x"}], "messages[0].role"),
+            ([{"role": "user"}], "messages[0].content"),
+        ):
+            answer = client.post("/v1/chat/completions", json={"model": "lightship", "messages": messages})
+            assert answer.status_code == 400
+            assert mention in answer.json()["error"]["message"]
+        assert client.get("/v1/nothing").status_code == 404
+        assert client.get("/v1/completions").status_code == 405
+        assert (
+            client.post("/v1/completions", content=b"x", headers={"content-type": "text/plain"}).status_code
+            == 415
+        )
+    assert httpx.post(f"{service.url}/v1/completions", json=_body([20])).status_code == 401
+    assert httpx.get(f"{service.url}/health").json() == {"status": "ok"}
+
+
+def _seen_by_workers(service: Service) -> float:
+    return sum(service.metrics()["lightship_shipments_total"].values())
+
+
 def test_the_ledger_verifies_and_every_request_is_settled(service: Service) -> None:
     with service.client() as client:
         _complete(client, _ids(77, 100))

@@ -19,7 +19,6 @@ from workers.tiny import write_tiny
 
 TOPK = 64
 TOLERANCE = 1e-4
-SMALLEST_GAP = 6e-6  # between the scores of the last token selected and the first one left out
 PAGES_EACH = 9
 
 

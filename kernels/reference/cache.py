@@ -15,10 +15,9 @@ def write_latents(
 ) -> None:
     """slots int64 [T], latent [T, latent_dim], k_pe [T, rope_dim] (already roped). k_pe is stored as bf16 if quantised."""
     if layout.quantized:
-        values, scales = quantize_blocks(latent)
-        parts = (values, scales, k_pe.to(torch.bfloat16))
+        parts = [*quantize_blocks(latent), k_pe.to(torch.bfloat16)]
     else:
-        parts = (latent.float(), k_pe.float())
+        parts = [latent.float(), k_pe.float()]
     row_bytes = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
     pages.view(-1, layout.latent_row_bytes).index_copy_(0, slots, row_bytes)
 

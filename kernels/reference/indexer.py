@@ -22,8 +22,9 @@ QUERY_TILE = 32  # (row, head) pairs multiplied at once, or the heads of one row
 KEY_TILE = 512
 PAGES_IN_TILE = KEY_TILE // PAGE_SIZE
 KEY_TILES_AT_ONCE = 8  # their logits stay in the CPU's cache
-CHUNK_BYTES = 16 * 2**20  # what scores may take at a time, whatever the context
+CHUNK_BYTES = 16 * 2**20  # what a chunk of rows may take; one row of a request always passes
 _SCORE_BYTES = 32  # one score, and what sorting it takes
+_KEY_BYTES = 512  # one key, dequantised
 
 
 class _Piece(NamedTuple):
@@ -110,13 +111,18 @@ def _chunks(rows: Rows, visible: list[int]) -> Iterator[list[_Piece]]:
     """All rows in order, as many at a time as CHUNK_BYTES allow. `visible`: how many tokens each row sees."""
     chunk: list[_Piece] = []
     for piece in _pieces(rows, visible):
-        longest = max(other.length for other in (*chunk, piece))
-        if chunk and (piece.end - chunk[0].start) * longest > CHUNK_BYTES // _SCORE_BYTES:
+        if chunk and _num_bytes([*chunk, piece]) > CHUNK_BYTES:
             yield chunk
             chunk = []
         chunk.append(piece)
     if chunk:
         yield chunk
+
+
+def _num_bytes(pieces: list[_Piece]) -> int:
+    lengths = [piece.length for piece in pieces]
+    num_rows = pieces[-1].end - pieces[0].start
+    return num_rows * max(lengths) * _SCORE_BYTES + sum(lengths) * _KEY_BYTES
 
 
 def _pieces(rows: Rows, visible: list[int]) -> Iterator[_Piece]:
@@ -159,7 +165,7 @@ def _key_tiles(
 
 def _score(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, out: torch.Tensor) -> None:
     """q fp32 [t, H, D], weights fp32 [t, H], keys fp32 [n, KEY_TILE, D]: fills out [t, L] with the scores of L keys, unmasked."""
-    heads, tile = q.shape[1], max(1, QUERY_TILE // q.shape[1])
+    tile = max(1, QUERY_TILE // q.shape[1])
     pad = -len(q) % tile
     queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).flatten(1, 2)
     factors = F.pad(weights, (0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).unsqueeze(-1)

@@ -66,7 +66,9 @@ def _round_in_place(x: torch.Tensor) -> torch.Tensor:
 def _to_fp32(values: torch.Tensor) -> torch.Tensor:
     """Exact for every code. Shifted into an fp16, an e4m3 is 256 times too small; torch's conversion takes five times as long."""
     bits = values.view(torch.int8).to(torch.int16).bitwise_left_shift_(7).bitwise_and_(~0x4000)
-    nan = (bits + 0x80).bitwise_and_(0x4000)  # only the code of NaN carries into this bit, which makes it a NaN again
+    nan = (bits + 0x80).bitwise_and_(
+        0x4000
+    )  # only the code of NaN carries into this bit, which makes it a NaN again
     return bits.bitwise_or_(nan).view(torch.float16).float().mul_(256)
 
 
