@@ -5,6 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kernels.layout import CacheLayout
 from kernels.reference import checksums, pack_pages, unpack_pages
 from kernels.testing import LAYOUTS
 
@@ -112,5 +113,5 @@ def test_no_pages() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_pages_of_every_layout_are_whole_words(layout) -> None:  # type: ignore[no-untyped-def]
+def test_pages_of_every_layout_are_whole_words(layout: CacheLayout) -> None:
     assert layout.latent_page_bytes % 4 == layout.index_page_bytes % 4 == 0

@@ -287,6 +287,76 @@ def test_a_killed_worker_costs_time_but_no_token(service: Service, role: str) ->
     assert service.metrics()["lightship_cached_pages"][who] > unused
 
 
+def _process(service: Service, title: str) -> int:
+    """The process of that title among those this service started."""
+    parents, titles = {}, {}
+    for line in subprocess.run(
+        ["ps", "-eo", "pid=,ppid=,args="], capture_output=True, text=True, check=True
+    ).stdout.splitlines():
+        pid, parent, args = line.split(None, 2)
+        parents[int(pid)], titles[int(pid)] = int(parent), args
+    for pid, args in titles.items():
+        ancestor = pid
+        while ancestor and ancestor != service.process.pid:
+            ancestor = parents.get(ancestor, 0)
+        if ancestor and args.startswith(title):
+            return pid
+    raise AssertionError(f"no process is called {title}")
+
+
+def test_a_killed_controller_stops_no_stream_and_comes_back(service: Service) -> None:
+    prompt = _ids(4000, 100)
+    with service.client() as client:
+        undisturbed = _complete(client, prompt, max_tokens=100)["choices"][0]["text"]
+
+    async def stream() -> str:
+        async with service.async_client("beta") as client:
+            text = ""
+            async for chunk in _stream(client, _body(prompt, max_tokens=100)):
+                text += "".join(choice["text"] for choice in chunk["choices"])
+                if len(text) > 20 and not killed:
+                    os.kill(_process(service, "ray::PrefixCacheController"), signal.SIGKILL)
+                    killed.append(True)
+            return text
+
+    killed: list[bool] = []
+    assert asyncio.run(stream()) == undisturbed
+    deadline = time.monotonic() + 60
+    with service.client() as client:  # 503 while nothing can be billed
+        while (status := client.post("/v1/completions", json=_body(prompt)).status_code) == 503:
+            assert time.monotonic() < deadline
+            time.sleep(0.5)
+        assert status == 200
+        repeated = _complete(client, prompt)["usage"]
+    assert repeated["prompt_cache_hit_tokens"] == 64
+    service.wait_idle()
+
+
+def test_a_killed_gateway_closes_its_streams_and_leaves_nothing_behind(service: Service) -> None:
+    async def stream(client: httpx.AsyncClient, number: int) -> bool:
+        """Whether it ended with an error, which it must."""
+        try:
+            chunks = [c async for c in _stream(client, _body(_ids(5000 + number, 200), max_tokens=400))]
+        except httpx.HTTPError:
+            return True
+        return bool(chunks) and "error" in chunks[-1]
+
+    async def load() -> list[bool]:
+        async with service.async_client() as client:
+            streams = [asyncio.create_task(stream(client, number)) for number in range(4)]
+            await asyncio.sleep(2.0)
+            os.kill(_process(service, "ray::ServeReplica:lightship:gateway"), signal.SIGKILL)
+            return await asyncio.gather(*streams)
+
+    assert asyncio.run(load()) == [True] * 4
+    service.wait_ready()
+    service.wait_idle()
+    deadline = time.monotonic() + 40  # orphans are settled after a grace period
+    while verify(service.ledger).unsettled:
+        assert time.monotonic() < deadline
+        time.sleep(1.0)
+
+
 def test_the_openai_sdk_works(service: Service) -> None:
     client = openai.OpenAI(base_url=f"{service.url}/v1", api_key=KEYS["alpha"], max_retries=0)
     assert [model.id for model in client.models.list()] == ["lightship"]
