@@ -246,6 +246,7 @@ def test_cancelled_requests_leave_nothing_behind(service: Service) -> None:
         who = f"{worker.split('-')[0]}/{worker}"
         free, cached = values["lightship_free_pages"][who], values["lightship_cached_pages"][who]
         assert free + cached == PAGES
+    assert sum(values["lightship_requests_in_progress"].values()) == 0
 
 
 @pytest.mark.parametrize("role", ["prefill", "decode"])
