@@ -109,7 +109,9 @@ class Worker:
                     self._after_step(self.engine.step())
                 self._flush()
                 self.alive_at = time.monotonic()
-        except BaseException as error:  # the outermost loop: the health check reports it and Serve replaces the worker
+        except (
+            BaseException
+        ) as error:  # the outermost loop: the health check reports it and Serve replaces the worker
             self.error = error
             log.exception("worker %s: engine thread died", self.id)
 
