@@ -30,7 +30,7 @@ class WorkerLost(msgspec.Struct, frozen=True):
 
 
 class Connection:
-    """One worker. `assigned_tokens` are prompt tokens sent to it that its last load frame did not show yet."""
+    """One worker. `assigned_tokens` are prompt tokens that this gateway has sent it and that it has not dealt with yet."""
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
@@ -155,7 +155,6 @@ class Fleet:
             raise ConnectionError(f"another worker answers here: {frame.worker} of epoch {frame.epoch}")
         pairs_changed = frame.load.peers != connection.load.peers
         connection.load = frame.load
-        connection.assigned_tokens = 0
         self.on_load(connection.info.worker, connection.info.role, frame.load)
         if pairs_changed or not connection.alive:
             connection.alive = True

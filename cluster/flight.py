@@ -150,6 +150,7 @@ class Pilot:
             "namespace": flight.namespace,
         }
         decode.send(Reserve(**work))  # type: ignore[arg-type]
+        claims = [_Claim(worker, len(flight.prompt) + len(flight.emitted)) for worker in (prefill, decode)]
         landed = False
         held: dict[int, Tokens] = {}  # updates that came before the one they follow
         try:
@@ -157,9 +158,10 @@ class Pilot:
                 match update := await queue.get():
                     case Ticketed(ticket=ticket):
                         self._found(flight, ticket.num_resident_tokens)
-                        prefill.assigned_tokens += len(flight.prompt) + len(flight.emitted)
+                        claims[1].release()
                         prefill.send(Prefill(ticket=ticket, **work))  # type: ignore[arg-type]
                     case Tokens():
+                        claims[0].release()
                         held[update.start] = update
                         while (tokens := held.pop(len(flight.emitted), None)) is not None:
                             yield self._emit(flight, tokens)
@@ -171,6 +173,8 @@ class Pilot:
                     case _:
                         self._check_over(update, prefill, landed=landed)
         finally:
+            for claim in claims:
+                claim.release()
             self._fleet.end(attempt, abort=flight.finish is None)
 
     def _found(self, flight: Flight, num_cached: int) -> None:
@@ -199,11 +203,24 @@ class Pilot:
             raise _Retry(update.reason)
 
 
+class _Claim:
+    """Prompt tokens sent to a worker, until its load frames must show them."""
+
+    def __init__(self, connection: Connection, num_tokens: int) -> None:
+        self._connection = connection
+        self._num_tokens = num_tokens
+        connection.assigned_tokens += num_tokens
+
+    def release(self) -> None:
+        self._connection.assigned_tokens -= self._num_tokens
+        self._num_tokens = 0
+
+
 def _view(connection: Connection) -> WorkerView:
     load = connection.load
     return WorkerView(
         worker=connection.info.worker,
-        queued_tokens=load.queued_tokens,
+        queued_tokens=max(0, load.queued_tokens - connection.assigned_tokens),  # it may show them already
         assigned_tokens=connection.assigned_tokens,
         seconds_per_token=load.seconds_per_token,
         step_seconds=load.step_seconds,

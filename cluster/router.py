@@ -34,7 +34,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
 
     worker: str
     queued_tokens: int = 0  # prompt tokens it has still to compute
-    assigned_tokens: int = 0  # prompt tokens sent to it that the load frame does not show yet
+    assigned_tokens: int = 0  # prompt tokens of this gateway that it has not dealt with yet
     seconds_per_token: float = 0.0  # prefill; 0: not measured yet
     step_seconds: float = 0.0  # decode
     running: int = 0

@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kernels.layout import CacheLayout
-from kernels.reference import dense_mla, mla, read_latents, select_tokens, sparse_mla
+from kernels.reference import dense_mla, mla, read_latents, select_tokens, sparse_mla, write_latents
 from kernels.rows import Rows
 from kernels.testing import LAYOUTS, SOFTMAX_SCALE, Case, difference, make_case
 
@@ -124,6 +125,17 @@ def test_large_logits_do_not_overflow() -> None:
     assert lse.isfinite().all()
     whole = dense_mla(case.q * 1e4, case.latent_pages, case.rows, SOFTMAX_SCALE, FP8)
     torch.testing.assert_close(out, whole[0])
+
+
+def test_very_negative_logits_do_not_vanish() -> None:
+    case = make_case([40], [1])
+    slots = visible_slots(case)
+    key = read_latents(case.latent_pages, slots[0][:1], FP8)
+    write_latents(case.latent_pages, slots[0], key[:, :512].expand(40, -1), key[:, 512:].expand(40, -1), FP8)
+    case = replace(case, q=-100 * key.expand(1, 4, -1))
+    for out, lse in (sparse(case, padded(slots, 64)), dense(case)):
+        assert (lse < -1000).all()
+        torch.testing.assert_close(out[0], key[:, :512].expand(4, -1), rtol=1e-5, atol=1e-5)
 
 
 def test_softmax_scale_is_used() -> None:

@@ -83,7 +83,7 @@ class DecodeWorker(Worker):
     def load(self) -> Load:
         return self.engine.load(
             extra_waiting=len(self._waiting),
-            step_seconds=self._step_seconds,
+            step_seconds=self._step_seconds if self.engine.has_work() else 0.0,  # nothing to wait for
             peers=self._landing.peers(),
             counters=self._landing.counters(),
         )

@@ -21,6 +21,7 @@ from workers.scheduler import QueueFull
 from workers.shipping.sender import Shipper
 from workers.worker import Emit, Job, Worker
 
+MIN_MEASURED_TOKENS = 256
 SMOOTHING = 0.2  # weight of the newest step in the moving averages that routing reads
 
 
@@ -98,12 +99,7 @@ class PrefillWorker(Worker):
 
     def _after_step(self, output: StepOutput) -> None:
         now = time.monotonic()
-        tokens = sum(scheduled.num_tokens for scheduled in output.scheduled)
-        if tokens:
-            rate = output.seconds / tokens
-            self._seconds_per_token += (
-                SMOOTHING * (rate - self._seconds_per_token) if self._seconds_per_token else rate
-            )
+        self._measure(sum(scheduled.num_tokens for scheduled in output.scheduled), output.seconds)
         for scheduled in output.scheduled:
             job = self.jobs[scheduled.request.id]
             job.first_step_at = job.first_step_at or now - output.seconds
@@ -127,6 +123,15 @@ class PrefillWorker(Worker):
                 ),
             )
             self.shipper.commit(job.ticket, result.token, finish)
+
+    def _measure(self, num_tokens: int, seconds: float) -> None:
+        """Small steps say more about overhead than about speed: after one of them alone a worker would look slow."""
+        if num_tokens < MIN_MEASURED_TOKENS:
+            return
+        rate = seconds / num_tokens
+        self._seconds_per_token += (
+            SMOOTHING * (rate - self._seconds_per_token) if self._seconds_per_token else rate
+        )
 
     def _ship(self, job: PrefillJob, num_ready: int) -> None:
         """Hands over the pages up to `num_ready`; pages are immutable from here on."""
