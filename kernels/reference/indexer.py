@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.cache import read_index_pages
+from kernels.reference.linear import blocked_bmm
 from kernels.reference.quant import dequantize_blocks, quantize_blocks
 from kernels.reference.topk import top_k
 from kernels.rows import Rows
@@ -178,7 +179,7 @@ def _score(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, out: t
 
 def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """query [H x rows, D], factor [H, rows, 1], keys [n, KEY_TILE, D] -> [rows, n x KEY_TILE]."""
-    logits = torch.bmm(query.expand(len(keys), -1, -1), keys.transpose(1, 2)).relu_()
+    logits = blocked_bmm(query.expand(len(keys), -1, -1), keys.transpose(1, 2)).relu_()
     by_head = logits.unflatten(1, factor.shape[:2]).mul_(factor).unbind(1)
     total = by_head[0]
     for head in by_head[1:]:  # not sum(): its order of addition may depend on the shape

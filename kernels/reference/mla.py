@@ -1,7 +1,7 @@
 """Absorbed MLA over paged latents: all heads read the same rows, latent and roped key as key, latent as value.
 
-Knows nothing of how tokens were selected. On a CPU the bits of a query row depend neither on the other rows nor on how many there
-are: its products have a fixed shape (sparse: one product a row; dense: tiles).
+Knows nothing of how tokens were selected. On a CPU and with two or more heads, the bits of a query row depend neither on the other
+rows nor on how many there are: its products have a fixed shape (sparse: one product a row; dense: tiles).
 """
 
 import itertools
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.cache import read_latents
+from kernels.reference.linear import blocked_bmm
 from kernels.rows import Rows
 
 GATHER_BYTES = (
@@ -70,7 +71,7 @@ def dense_mla(
         for start in range(first, end, step):
             tile = slice(start, min(start + step, end))
             pad = step - (tile.stop - tile.start)
-            queries = F.pad(q[tile].float(), (0, 0, 0, 0, 0, pad)).flatten(0, 1)
+            queries = F.pad(q[tile].float(), (0, 0, 0, 0, 0, pad)).flatten(0, 1).unsqueeze(0)
             positions = F.pad(rows.positions[tile], (0, pad), value=-1).repeat_interleave(heads)
             tile_out, tile_lse = _attend_tiles(queries, positions, tiles, softmax_scale, layout.latent_dim)
             out[tile] = tile_out.unflatten(0, (step, heads))[: step - pad]
@@ -82,12 +83,12 @@ def _attend(
     q: torch.Tensor, latents: torch.Tensor, hidden: torch.Tensor, softmax_scale: float, latent_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """q [t, H, D], latents fp32 [t, topk, D], hidden bool [t, topk] -> [t, H, latent_dim] and [t, H]."""
-    scores = torch.bmm(q.float(), latents.transpose(1, 2)).mul_(softmax_scale)
+    scores = blocked_bmm(q.float(), latents.transpose(1, 2)).mul_(softmax_scale)
     scores.masked_fill_(hidden.unsqueeze(1), -torch.inf)
     highest = scores.amax(-1, keepdim=True).clamp_(min=LOWEST)
     weights = scores.sub_(highest).exp_()
     total = weights.sum(-1, keepdim=True)
-    return _normalized(torch.bmm(weights, latents[..., :latent_dim]), total, highest)
+    return _normalized(blocked_bmm(weights, latents[..., :latent_dim]), total, highest)
 
 
 def _attend_tiles(
@@ -97,24 +98,26 @@ def _attend_tiles(
     softmax_scale: float,
     latent_dim: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """queries fp32 [m, D], positions int64 [m], tiles fp32 [n, KEY_TILE, D] -> [m, latent_dim] and [m], by online softmax.
+    """queries fp32 [1, m, D], positions int64 [m], tiles fp32 [n, KEY_TILE, D] -> [m, latent_dim] and [m]. Online softmax.
 
     A tile of which a row sees nothing changes no bit of it.
     """
-    highest = queries.new_full((len(queries), 1), LOWEST)
+    highest = queries.new_full((1, queries.shape[1], 1), LOWEST)
     total = torch.zeros_like(highest)
-    out = queries.new_zeros(len(queries), latent_dim)
+    out = queries.new_zeros(1, queries.shape[1], latent_dim)
     numbers = torch.arange(KEY_TILE, device=queries.device)
-    for number, latents in enumerate(tiles):
+    for number, latents in enumerate(tiles.unsqueeze(1)):
         hidden = numbers + number * KEY_TILE > positions.unsqueeze(1)
-        scores = torch.mm(queries, latents.T).mul_(softmax_scale).masked_fill_(hidden, -torch.inf)
+        scores = blocked_bmm(queries, latents.transpose(1, 2)).mul_(softmax_scale)
+        scores.masked_fill_(hidden, -torch.inf)
         raised = torch.maximum(highest, scores.amax(-1, keepdim=True))
         rescale = torch.exp(highest - raised)
         weights = scores.sub_(raised).exp_()
         total = total * rescale + weights.sum(-1, keepdim=True)
-        out = out * rescale + torch.mm(weights, latents[:, :latent_dim])
+        out = out * rescale + blocked_bmm(weights, latents[..., :latent_dim])
         highest = raised
-    return _normalized(out, total, highest)
+    out, lse = _normalized(out, total, highest)
+    return out[0], lse[0]
 
 
 def _normalized(
