@@ -19,7 +19,7 @@ from kernels.reference.quant import dequantize_blocks, quantize_blocks
 from kernels.reference.topk import top_k
 from kernels.rows import Rows
 
-QUERY_TILE = 32  # (row, head) pairs multiplied at once, or the heads of one row if they are more
+QUERY_TILE = 16  # (row, head) pairs multiplied at once, or the heads of one row if they are more
 KEY_TILE = 512
 PAGES_IN_TILE = KEY_TILE // PAGE_SIZE
 KEY_TILES_AT_ONCE = 8  # their logits stay in the CPU's cache
@@ -77,15 +77,15 @@ def select_tokens(
     selected = torch.empty(len(q), topk, dtype=torch.int32, device=q.device)
     for pieces in _chunks(rows, visible):
         chunk = slice(pieces[0].start, pieces[-1].end)
-        width = max(piece.length for piece in pieces)
         chunk_q, chunk_weights = _as_cached(q[chunk], layout), weights[chunk]
-        scores = chunk_q.new_zeros(len(chunk_q), width)
+        num_tiles = max(_num_tiles(piece.length) for piece in pieces)
+        scores = chunk_q.new_zeros(len(chunk_q), num_tiles, KEY_TILE)
         # The others take all of their tokens, whatever their scores.
         scored = [piece for piece in pieces if piece.length > topk]
         for piece, keys in zip(scored, keys_of(*(piece.request for piece in scored)), strict=True):
             own = slice(piece.start - chunk.start, piece.end - chunk.start)
-            _score(chunk_q[own], chunk_weights[own], keys, out=scores[own, : piece.length])
-        picks = top_k(scores, lengths[chunk], topk)
+            _score(chunk_q[own], chunk_weights[own], keys, out=scores[own, : _num_tiles(piece.length)])
+        picks = top_k(scores.flatten(1), lengths[chunk], topk)
         owners = [piece.request for piece in pieces for _ in range(piece.start, piece.end)]
         selected[chunk] = _slots(picks, rows.page_table, owners)
     return selected
@@ -101,11 +101,11 @@ def index_scores(
     if len(rows.query_starts) != 2:
         raise ValueError(f"rows holds {len(rows.query_starts) - 1} requests, but index_scores takes one")
     length = int(rows.positions.max()) + 1
-    scores = q.new_empty(len(q), length, dtype=torch.float32)
+    scores = q.new_empty(len(q), _num_tiles(length), KEY_TILE, dtype=torch.float32)
     (keys,) = _key_tiles(index_pages, rows.page_table, (0,), [length], layout)
     _score(_as_cached(q, layout), weights, keys, out=scores)
     hidden = torch.arange(length, device=q.device) > rows.positions.unsqueeze(1)
-    return scores.masked_fill_(hidden, -torch.inf)
+    return scores.flatten(1)[:, :length].masked_fill(hidden, -torch.inf)
 
 
 def _chunks(rows: Rows, visible: list[int]) -> Iterator[list[_Piece]]:
@@ -152,7 +152,7 @@ def _key_tiles(
     """
     if not requests:
         return ()
-    counts = [-(-length // KEY_TILE) for length in lengths]
+    counts = [_num_tiles(length) for length in lengths]
     table = F.pad(page_table, (0, -page_table.shape[1] % PAGES_IN_TILE), value=-1)
     page_ids = torch.cat(
         [table[request, : count * PAGES_IN_TILE] for request, count in zip(requests, counts, strict=True)]
@@ -164,27 +164,30 @@ def _key_tiles(
     return torch.cat(keys).view(-1, KEY_TILE, layout.index_dim).split(counts)
 
 
+def _num_tiles(length: int) -> int:
+    return -(-length // KEY_TILE)
+
+
 def _score(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, out: torch.Tensor) -> None:
-    """q fp32 [t, H, D], weights fp32 [t, H], keys fp32 [n, KEY_TILE, D]: fills out [t, L] with the scores of L keys, unmasked."""
+    """q fp32 [t, H, D], weights fp32 [t, H], keys fp32 [at least n, KEY_TILE, D]: fills out fp32 [t, n, KEY_TILE], unmasked."""
     tile = max(1, QUERY_TILE // q.shape[1])
     pad = -len(q) % tile
     queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).flatten(1, 2)
     factors = F.pad(weights, (0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).unsqueeze(-1)
-    key_groups = keys[: -(-out.shape[1] // KEY_TILE)].split(KEY_TILES_AT_ONCE)
-    for key_group, columns in zip(key_groups, out.split(KEY_TILE * KEY_TILES_AT_ONCE, dim=1), strict=True):
+    key_groups = keys[: out.shape[1]].split(KEY_TILES_AT_ONCE)
+    for key_group, columns in zip(key_groups, out.split(KEY_TILES_AT_ONCE, dim=1), strict=True):
         for query, factor, target in zip(queries, factors, columns.split(tile), strict=True):
-            scores = _score_tile(query, factor, key_group)
-            target.copy_(scores[: target.shape[0], : target.shape[1]])
+            target.copy_(_score_tile(query, factor, key_group)[: len(target)])
 
 
 def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """query [H x rows, D], factor [H, rows, 1], keys [n, KEY_TILE, D] -> [rows, n x KEY_TILE]."""
+    """query [H x rows, D], factor [H, rows, 1], keys [n, KEY_TILE, D] -> [rows, n, KEY_TILE]."""
     logits = blocked_bmm(query.expand(len(keys), -1, -1), keys.transpose(1, 2)).relu_()
     by_head = logits.unflatten(1, factor.shape[:2]).mul_(factor).unbind(1)
     total = by_head[0]
     for head in by_head[1:]:  # not sum(): its order of addition may depend on the shape
         total.add_(head)
-    return total.transpose(0, 1).flatten(1)
+    return total.transpose(0, 1)
 
 
 def _slots(picks: torch.Tensor, page_table: torch.Tensor, owners: list[int]) -> torch.Tensor:
