@@ -156,7 +156,7 @@ def test_results_have_the_dtype_of_q() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-@pytest.mark.parametrize(("heads", "topk"), [(2, 64), (4, 64), (8, 128), (16, 200)])
+@pytest.mark.parametrize(("heads", "topk"), [(1, 64), (4, 64), (6, 128), (8, 40), (16, 200)])
 def test_bits_of_a_sparse_row_do_not_depend_on_the_batch(layout: CacheLayout, heads: int, topk: int) -> None:
     case = make_case([500, 90], [50, 20], layout=layout, heads=heads)
     slots = select_tokens(case.index_q, case.index_weights, case.index_pages, case.rows, topk, layout)

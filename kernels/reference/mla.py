@@ -1,7 +1,7 @@
 """Absorbed MLA over paged latents: all heads read the same rows, latent and roped key as key, latent as value.
 
-Knows nothing of how tokens were selected. On a CPU and with two or more heads, the bits of a query row depend neither on the other
-rows nor on how many there are: its products have a fixed shape (sparse: one product a row; dense: tiles).
+Knows nothing of how tokens were selected. On a CPU the bits of a query row depend neither on the other rows nor on how many there
+are: its products have a fixed shape (sparse: one product a row; dense: tiles).
 """
 
 import itertools
@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.cache import read_latents
-from kernels.reference.linear import blocked_bmm
+from kernels.reference.linear import COLUMN_MULTIPLE, blocked_bmm
 from kernels.rows import Rows
 
 GATHER_BYTES = (
@@ -40,6 +40,7 @@ def sparse_mla(
     0 and +inf, as FlashMLA does.
     """
     num_rows, heads, _ = q.shape
+    slots = F.pad(slots, (0, -slots.shape[1] % COLUMN_MULTIPLE), value=-1)
     topk = slots.shape[1]
     out = q.new_empty(num_rows, heads, layout.latent_dim)
     lse = q.new_empty(num_rows, heads, dtype=torch.float32)
