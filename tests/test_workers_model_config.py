@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
+from workers.checkpoint import QUANTIZATION_CONFIG
 from workers.model_config import ModelConfig
-from workers.tiny import CONFIG, QUANTIZATION_CONFIG
+from workers.tiny import CONFIG
 
 PUBLISHED = CONFIG | {
     "vocab_size": 129280,

@@ -12,8 +12,9 @@ from tokenizers import Tokenizer
 
 from kernels.reference import dequantize_weight
 from workers import tiny
+from workers.checkpoint import BOS, EOS, MARKERS, PAD
 from workers.model_config import ModelConfig
-from workers.tiny import BOS, EOS, MARKERS, PAD, build_tokenizer, write_tiny
+from workers.tiny import build_tokenizer, write_tiny
 
 FP8, BF16, FP32 = torch.float8_e4m3fn, torch.bfloat16, torch.float32
 

@@ -94,17 +94,21 @@ class ModelConfig(msgspec.Struct, frozen=True, kw_only=True):
         path = Path(folder) / "config.json"
         raw = _read_json(path)
         try:
-            _check_fixed(raw)
             generation = Path(folder) / "generation_config.json"
-            eos_sources = [raw, _read_json(generation)] if generation.exists() else [raw]
-            known = _with_rope_scaling(raw) | {
-                "quantized": _is_quantized(raw),
-                "eos_token_ids": _eos_token_ids(eos_sources),
-            }
-            config = msgspec.convert(known, cls)
-            _check_layer_types(raw, config)
+            return cls.from_json(raw, generation=_read_json(generation) if generation.exists() else None)
         except (msgspec.ValidationError, ValueError) as error:
             raise ValueError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_json(cls, raw: dict[str, Any], *, generation: dict[str, Any] | None = None) -> Self:
+        """From the values of `config.json` and `generation_config.json`. Raises ValueError naming the key."""
+        _check_fixed(raw)
+        known = _with_rope_scaling(raw) | {
+            "quantized": _is_quantized(raw),
+            "eos_token_ids": _eos_token_ids([raw, generation or {}]),
+        }
+        config = msgspec.convert(known, cls)
+        _check_layer_types(raw, config)
         return config
 
     def __post_init__(self) -> None:

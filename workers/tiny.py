@@ -6,22 +6,18 @@ same bytes everywhere: random integers and single roundings only, no function wh
 """
 
 import argparse
-import json
 import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from kernels.reference import quantize_weight
+from workers import checkpoint
+from workers.checkpoint import MARKERS, QUANTIZATION_CONFIG, SPECIAL, write_checkpoint
 from workers.model_config import ModelConfig
-from workers.weights import INDEX_FILE
-
-SHARD_BYTES = 3 * 2**20
-MAX_TOKENS_IN_TEXT = 131_072  # model_max_length of the published tokenizer
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"],
@@ -76,38 +72,6 @@ CONFIG: dict[str, Any] = {
     "v_head_dim": 64,
     "vocab_size": 512,
 }
-QUANTIZATION_CONFIG: dict[str, Any] = {
-    "activation_scheme": "dynamic",
-    "fmt": "e4m3",
-    "quant_method": "fp8",
-    "scale_fmt": "ue8m0",
-    "weight_block_size": [128, 128],
-}
-GENERATION_CONFIG = {
-    "bos_token_id": 0,
-    "eos_token_id": 1,
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_p": 0.95,
-}
-
-# The first three keep their published ids. As in the published tokenizer, only they are "special": left out of plain text.
-BOS, EOS, PAD = SPECIAL = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-MARKERS = [
-    "<think>",
-    "</think>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
-    "<｜tool▁calls▁begin｜>",
-    "<｜tool▁calls▁end｜>",
-    "<｜tool▁call▁begin｜>",
-    "<｜tool▁call▁end｜>",
-    "<｜tool▁output▁begin｜>",
-    "<｜tool▁output▁end｜>",
-    "<｜tool▁sep｜>",
-    "｜DSML｜",
-]
-
 WORDS = """the a of and to in is it that for on with as was at by this from or an be are not have has had but what all were
 when we there can which their will would about out many then them these so some her him make like into time look more
 write go see number no way could people my than first water been call who its now find long down day did get come made
@@ -126,15 +90,11 @@ def write_tiny(
 
     `config_overrides` replace keys of `CONFIG`. Raises ValueError for a config that this project does not support.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = CONFIG | config_overrides
     if dtype == "fp8":
         config["quantization_config"] = QUANTIZATION_CONFIG
-    _write_json(folder / "config.json", config)
-    _write_json(folder / "generation_config.json", GENERATION_CONFIG)
-    _write_tokenizer(folder, config["vocab_size"])
-    _write_shards(folder, _Tensors(ModelConfig.load(folder), seed=seed, dtype=dtype).all())
+    tensors = _Tensors(ModelConfig.from_json(config), seed=seed, dtype=dtype).all()
+    write_checkpoint(folder, config, build_tokenizer(config["vocab_size"]), tensors)
 
 
 class _Tensors:
@@ -242,80 +202,15 @@ class _Tensors:
         return whole.float() * (std * 3**0.5 / 2**15)
 
 
-def _write_shards(folder: Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    shards: list[dict[str, torch.Tensor]] = [{}]
-    room = SHARD_BYTES
-    for name, tensor in tensors:
-        if shards[-1] and tensor.nbytes > room:
-            shards.append({})
-            room = SHARD_BYTES
-        shards[-1][name] = tensor
-        room -= tensor.nbytes
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-    total_size = sum(tensor.nbytes for shard in shards for tensor in shard.values())
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total_size}, "weight_map": weight_map})
-
-
-def _write_tokenizer(folder: Path, vocab_size: int) -> None:
-    build_tokenizer(vocab_size).save(str(folder / "tokenizer.json"))
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": BOS,
-        "eos_token": EOS,
-        "pad_token": PAD,
-        "add_bos_token": True,
-        "add_eos_token": False,
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": MAX_TOKENS_IN_TEXT,
-    }
-    _write_json(folder / "tokenizer_config.json", config)
-
-
 def build_tokenizer(vocab_size: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocab_size` tokens: DeepSeek's markers first, then 256 bytes, then merges.
-
-    Digits stand alone, and any text survives encoding and decoding.
-    """
-    named = [*SPECIAL, *MARKERS]
-    if vocab_size < len(named) + 256:
-        raise ValueError(f"vocab_size is {vocab_size}, but bytes and markers alone take {len(named) + 256}")
-    draft = _byte_level(models.BPE())
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size - len(named),
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    draft.train_from_iterator(_sentences(), trainer)
-    learned = json.loads(draft.to_str())["model"]
-    vocab = {token: id for id, token in enumerate(named)}
-    vocab |= {token: id + len(named) for token, id in learned["vocab"].items()}
-    tokenizer = _byte_level(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in learned["merges"]]))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in MARKERS])
-    return tokenizer
-
-
-def _byte_level(model: models.BPE) -> Tokenizer:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return tokenizer
+    """A tokenizer of at most `vocab_size` tokens."""
+    return checkpoint.build_tokenizer(vocab_size, _sentences())
 
 
 def _sentences() -> list[str]:
     """A little English for the merges to be learned from."""
     words, chooser = WORDS.split(), random.Random(0)
     return [" ".join(chooser.choices(words, k=12)).capitalize() + ".\n" for _ in range(400)]
-
-
-def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:
