@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 
 import msgspec
+from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -38,6 +39,7 @@ from cluster.responses import (
     CompletionReply,
     ModelCard,
     ModelList,
+    PromptProgress,
     encode,
     sse,
 )
@@ -184,6 +186,8 @@ class Api:
             sampling=wanted.sampling(self._limits, len(prompt)),
             namespace=tenant.namespace,
             page_hashes=page_hashes(tenant.namespace, prompt),
+            wants_progress=wanted.return_progress,
+            wants_selected_pages=wanted.selected_pages,
         )
         output = Output(
             self._tokenizer, thinking=thinking, stop=wanted.stops, stop_token_ids=wanted.stop_token_ids
@@ -210,7 +214,7 @@ class Api:
         if not wanted.stream:
             body = await _whole(parts, completion, reply, logprobs)
             return _json(body, headers)
-        first = await anext(parts)  # an error before the first token gets its own status
+        first = await anext(parts)  # an error before the first event gets its own status
         events = _events(first, parts, completion, reply, logprobs, include_usage=wanted.include_usage)
         return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
 
@@ -230,7 +234,7 @@ class Api:
 
 
 async def _whole(
-    parts: AsyncGenerator[Part, None],
+    parts: AsyncGenerator[Part | PromptProgress, None],
     completion: Completion,
     reply: ChatReply | CompletionReply,
     logprobs: ChatLogprobsWriter | CompletionLogprobsWriter,
@@ -239,18 +243,26 @@ async def _whole(
     reasoning, content, tokens, entries = [], [], [], []
     async with contextlib.aclosing(parts):
         async for part in parts:
+            assert isinstance(part, Part), "only a stream tells its progress"
             reasoning.append(part.delta.reasoning)
             content.append(part.delta.content)
             tokens += part.tokens
             entries += part.logprobs or []
     delta = Delta("".join(reasoning), "".join(content))
     written = logprobs.write(tokens, entries) if entries else None
-    return reply.whole(delta, completion.finish_reason, completion.usage, completion.timing, written)  # type: ignore[arg-type]
+    return reply.whole(
+        delta,
+        completion.finish_reason,
+        completion.usage,
+        completion.timing,
+        written,  # type: ignore[arg-type]
+        completion.debug,
+    )
 
 
 async def _events(
-    first: Part,
-    parts: AsyncGenerator[Part, None],
+    first: Part | PromptProgress,
+    parts: AsyncGenerator[Part | PromptProgress, None],
     completion: Completion,
     reply: ChatReply | CompletionReply,
     logprobs: ChatLogprobsWriter | CompletionLogprobsWriter,
@@ -259,7 +271,9 @@ async def _events(
 ) -> AsyncGenerator[bytes, None]:
     """Server-sent events. An error in mid-stream is an event of its own, and no [DONE] follows."""
 
-    def event(part: Part) -> bytes:
+    def event(part: Part | PromptProgress) -> bytes:
+        if isinstance(part, PromptProgress):
+            return reply.progress(part)
         written = logprobs.write(part.tokens, part.logprobs) if part.logprobs else None
         return reply.delta(part.delta, written)  # type: ignore[arg-type]
 
@@ -273,9 +287,9 @@ async def _events(
         except ApiError as error:
             yield sse(error.body())
             return
-        yield reply.end(completion.finish_reason)
+        yield reply.end(completion.finish_reason, UNSET if include_usage else completion.debug)
         if include_usage:
-            yield reply.usage(completion.usage, completion.timing)
+            yield reply.usage(completion.usage, completion.timing, completion.debug)
         yield DONE
 
 

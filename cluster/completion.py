@@ -9,13 +9,15 @@ import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 
+from msgspec import UNSET, UnsetType
+
 from cluster.billing import Books
 from cluster.errors import ApiError
-from cluster.flight import Flight, Pilot
+from cluster.flight import Flight, Pilot, Reading
 from cluster.metrics import Metrics
 from cluster.output import Delta, Output
 from cluster.records import Finish, Opening, Settlement, amount
-from cluster.responses import Timing, Usage
+from cluster.responses import Debug, PromptProgress, Timing, Usage
 from cluster.tenants import Tenant
 from workers.request import TokenLogprobs
 
@@ -30,7 +32,7 @@ class Part:
 
 
 class Completion:
-    """Iterate over `parts`, then read `finish_reason`, `usage` and `timing`."""
+    """Iterate over `parts`, then read `finish_reason`, `usage`, `timing` and `debug`."""
 
     def __init__(
         self,
@@ -75,8 +77,16 @@ class Completion:
             queue=timing.queue, prefill=timing.prefill, ship=timing.ship, first_token=timing.first_token
         )
 
-    async def parts(self) -> AsyncGenerator[Part, None]:
-        """Yields the reply as it comes. Raises ApiError; close it (contextlib.aclosing) to abort the request."""
+    @property
+    def debug(self) -> Debug | UnsetType:
+        wanted = self.flight.wants_selected_pages
+        return Debug(selected_pages=self.flight.selected_pages) if wanted else UNSET
+
+    async def parts(self) -> AsyncGenerator[Part | PromptProgress, None]:
+        """Yields the reply as it comes, and before it its progress where the flight wants that.
+
+        Raises ApiError; close it (contextlib.aclosing) to abort the request.
+        """
         finish: Finish = "cancelled"
         self._metrics.started()
         try:
@@ -84,6 +94,9 @@ class Completion:
                 async for step in steps:
                     assert self._opening is not None
                     await self._opening
+                    if isinstance(step, Reading):
+                        yield PromptProgress(total=step.total, cache=step.cache, processed=step.processed)
+                        continue
                     before = self._output.num_tokens
                     delta = self._output.push(step.tokens)
                     count = self._output.num_tokens - before

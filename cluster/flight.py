@@ -15,7 +15,7 @@ from cluster.errors import ContextTooLong, Overloaded, WorkersLost
 from cluster.fleet import Connection, Fleet, WorkerLost
 from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs, Route, RouteRequest, WorkerView, choose
-from workers.messages import Failed, Landed, Prefill, Reserve, Ticketed, Tokens, Update
+from workers.messages import Failed, Landed, Prefill, Progress, Reserve, Ticketed, Tokens, Update
 from workers.request import SamplingParams, TokenLogprobs
 
 MAX_RESTARTS = 6
@@ -44,10 +44,14 @@ class Flight:
     namespace: bytes
     page_hashes: list[bytes]  # of the prompt's full pages
     pair: tuple[str, str] | None = None  # probes are pinned to one pair
+    wants_progress: bool = False  # whether `fly` also tells how far the prompt has been read
+    wants_selected_pages: bool = False
     emitted: list[int] = field(default_factory=list)
     finish: str | None = None
     num_quoted: int | None = None  # hit tokens promised at admission
     num_hit: int = 0  # the better of the quote and what the workers found
+    num_read: int = -1  # prompt tokens that the client was told have been read
+    selected_pages: list[list[int]] = field(default_factory=list)  # as the last decode worker counted them
     restarts: int = 0
     timing: Timing = field(default_factory=Timing)
 
@@ -58,6 +62,15 @@ class Step:
 
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How far the prompt has been read, in tokens: `processed` rises from one to the next, up to `total`."""
+
+    total: int
+    cache: int  # of the prompt, found in a prefix cache, as far as is known
+    processed: int  # these included
 
 
 class _Retry(Exception):
@@ -86,10 +99,11 @@ class Pilot:
 
     async def fly(
         self, flight: Flight, on_quote: Callable[[], None] = lambda: None
-    ) -> AsyncGenerator[Step, None]:
+    ) -> AsyncGenerator[Step | Reading, None]:
         """Yields tokens until flight.finish is set. Raises ApiError when the request cannot be served.
 
-        `on_quote` is called once, when flight.num_quoted is known.
+        Where flight.wants_progress, yields before the first token how far the prompt has been read. `on_quote` is called
+        once, when flight.num_quoted is known.
         """
         self._flights.add(flight)
         try:
@@ -137,7 +151,7 @@ class Pilot:
             except TimeoutError:
                 continue
 
-    async def _attempt(self, flight: Flight, route: Route) -> AsyncGenerator[Step, None]:
+    async def _attempt(self, flight: Flight, route: Route) -> AsyncGenerator[Step | Reading, None]:
         prefill = self._fleet.connections[route.prefill]
         decode = self._fleet.connections[route.decode]
         attempt = f"{flight.id}#{next(self._numbers)}"
@@ -149,7 +163,8 @@ class Pilot:
             "sampling": flight.sampling,
             "namespace": flight.namespace,
         }
-        decode.send(Reserve(**work))  # type: ignore[arg-type]
+        wants_progress = flight.wants_progress and not flight.emitted
+        decode.send(Reserve(**work, selected_pages=flight.wants_selected_pages))  # type: ignore[arg-type]
         claims = [_Claim(worker, len(flight.prompt) + len(flight.emitted)) for worker in (prefill, decode)]
         landed = False
         held: dict[int, Tokens] = {}  # updates that came before the one they follow
@@ -159,7 +174,13 @@ class Pilot:
                     case Ticketed(ticket=ticket):
                         self._found(flight, ticket.num_resident_tokens)
                         claims[1].release()
-                        prefill.send(Prefill(ticket=ticket, **work))  # type: ignore[arg-type]
+                        prefill.send(Prefill(ticket=ticket, progress=wants_progress, **work))  # type: ignore[arg-type]
+                        if wants_progress and (reading := _read(flight, flight.num_hit)) is not None:
+                            yield reading
+                    case Progress():
+                        self._found(flight, update.num_cached_tokens)
+                        if (reading := _read(flight, update.num_computed_tokens)) is not None:
+                            yield reading
                     case Tokens():
                         claims[0].release()
                         held[update.start] = update
@@ -190,6 +211,7 @@ class Pilot:
             self._found(flight, update.num_cached_tokens or 0)
         flight.emitted.extend(update.tokens)
         flight.finish = update.finish
+        flight.selected_pages = update.selected_pages or []
         return Step(update.tokens, update.logprobs)
 
     def _check_over(self, update: Update | WorkerLost, prefill: Connection, *, landed: bool) -> None:
@@ -201,6 +223,15 @@ class Pilot:
             if not update.retry:
                 raise ContextTooLong(update.reason)
             raise _Retry(update.reason)
+
+
+def _read(flight: Flight, num_tokens: int) -> Reading | None:
+    """What to tell once `num_tokens` of the prompt have been read; None where that is no news: an attempt began again."""
+    num_read = max(num_tokens, flight.num_hit)
+    if num_read <= flight.num_read:
+        return None
+    flight.num_read = num_read
+    return Reading(total=len(flight.prompt), cache=flight.num_hit, processed=num_read)
 
 
 class _Claim:

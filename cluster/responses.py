@@ -73,6 +73,20 @@ class Timing(Struct, frozen=True, kw_only=True):
     first_token: float
 
 
+class PromptProgress(Struct, frozen=True, kw_only=True):
+    """Tokens of the prompt; in llama.cpp's names."""
+
+    total: int
+    cache: int  # found in the prefix cache
+    processed: int  # read so far, these included
+
+
+class Debug(Struct, frozen=True, kw_only=True):
+    """What only those get who ask for it by name."""
+
+    selected_pages: list[list[int]]  # [layers][pages]: tokens that the indexer selected of each
+
+
 class TopLogprob(Struct, frozen=True):
     token: str
     logprob: float
@@ -140,6 +154,8 @@ class Body(Struct, frozen=True, kw_only=True):
     choices: Sequence[ChatChoice | ChatChunkChoice | CompletionChoice]
     usage: Usage | None | UnsetType = UNSET
     timing: Timing | UnsetType = UNSET
+    prompt_progress: PromptProgress | UnsetType = UNSET
+    debug: Debug | UnsetType = UNSET
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):
@@ -170,16 +186,29 @@ class Reply:
         self._created = created
         self._include_usage = include_usage
 
-    def usage(self, usage: Usage, timing: Timing) -> bytes:
+    def progress(self, progress: PromptProgress) -> bytes:
+        """An event while the prompt is being read, where the client asked for it."""
+        return self._event([], prompt_progress=progress)
+
+    def usage(self, usage: Usage, timing: Timing, debug: Debug | UnsetType = UNSET) -> bytes:
         """The event after the last token, where the client asked for it."""
-        return sse(encode(self._body(self.chunk_kind, [], usage=usage, timing=timing)))
+        return sse(encode(self._body(self.chunk_kind, [], usage=usage, timing=timing, debug=debug)))
 
-    def _chunk(self, choice: ChatChunkChoice | CompletionChoice) -> bytes:
+    def _event(
+        self,
+        choices: Sequence[ChatChunkChoice | CompletionChoice],
+        *,
+        prompt_progress: PromptProgress | UnsetType = UNSET,
+        debug: Debug | UnsetType = UNSET,
+    ) -> bytes:
         usage = None if self._include_usage else UNSET
-        return sse(encode(self._body(self.chunk_kind, [choice], usage=usage)))
+        body = self._body(self.chunk_kind, choices, usage=usage, prompt_progress=prompt_progress, debug=debug)
+        return sse(encode(body))
 
-    def _whole(self, choice: ChatChoice | CompletionChoice, usage: Usage, timing: Timing) -> bytes:
-        return encode(self._body(self.kind, [choice], usage=usage, timing=timing))
+    def _whole(
+        self, choice: ChatChoice | CompletionChoice, usage: Usage, timing: Timing, debug: Debug | UnsetType
+    ) -> bytes:
+        return encode(self._body(self.kind, [choice], usage=usage, timing=timing, debug=debug))
 
     def _body(
         self,
@@ -188,6 +217,8 @@ class Reply:
         *,
         usage: Usage | None | UnsetType,
         timing: Timing | UnsetType = UNSET,
+        prompt_progress: PromptProgress | UnsetType = UNSET,
+        debug: Debug | UnsetType = UNSET,
     ) -> Body:
         return Body(
             id=self._id,
@@ -197,6 +228,8 @@ class Reply:
             choices=choices,
             usage=usage,
             timing=timing,
+            prompt_progress=prompt_progress,
+            debug=debug,
         )
 
 
@@ -206,15 +239,15 @@ class ChatReply(Reply):
 
     def start(self) -> bytes:
         """The first event: who speaks."""
-        return self._chunk(ChatChunkChoice(delta=ChatDelta(role="assistant", content="")))
+        return self._event([ChatChunkChoice(delta=ChatDelta(role="assistant", content=""))])
 
     def delta(self, delta: Delta, logprobs: ChatLogprobs | None = None) -> bytes:
         """An event of text; the end of the reasoning and the beginning of the answer may share one."""
         text = ChatDelta(content=delta.content or UNSET, reasoning_content=delta.reasoning or UNSET)
-        return self._chunk(ChatChunkChoice(delta=text, logprobs=logprobs))
+        return self._event([ChatChunkChoice(delta=text, logprobs=logprobs)])
 
-    def end(self, finish_reason: str) -> bytes:
-        return self._chunk(ChatChunkChoice(delta=ChatDelta(), finish_reason=finish_reason))
+    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET) -> bytes:
+        return self._event([ChatChunkChoice(delta=ChatDelta(), finish_reason=finish_reason)], debug=debug)
 
     def whole(
         self,
@@ -223,21 +256,22 @@ class ChatReply(Reply):
         usage: Usage,
         timing: Timing,
         logprobs: ChatLogprobs | None = None,
+        debug: Debug | UnsetType = UNSET,
     ) -> bytes:
         """The body of an answer that is not streamed."""
         message = ChatMessage(content=delta.content, reasoning_content=delta.reasoning or UNSET)
         choice = ChatChoice(message=message, logprobs=logprobs, finish_reason=finish_reason)
-        return self._whole(choice, usage, timing)
+        return self._whole(choice, usage, timing, debug)
 
 
 class CompletionReply(Reply):
     kind = chunk_kind = "text_completion"
 
     def delta(self, delta: Delta, logprobs: CompletionLogprobs | None = None) -> bytes:
-        return self._chunk(CompletionChoice(text=delta.content, logprobs=logprobs))
+        return self._event([CompletionChoice(text=delta.content, logprobs=logprobs)])
 
-    def end(self, finish_reason: str) -> bytes:
-        return self._chunk(CompletionChoice(text="", finish_reason=finish_reason))
+    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET) -> bytes:
+        return self._event([CompletionChoice(text="", finish_reason=finish_reason)], debug=debug)
 
     def whole(
         self,
@@ -246,10 +280,11 @@ class CompletionReply(Reply):
         usage: Usage,
         timing: Timing,
         logprobs: CompletionLogprobs | None = None,
+        debug: Debug | UnsetType = UNSET,
     ) -> bytes:
         """The body of an answer that is not streamed."""
         choice = CompletionChoice(text=delta.content, logprobs=logprobs, finish_reason=finish_reason)
-        return self._whole(choice, usage, timing)
+        return self._whole(choice, usage, timing, debug)
 
 
 class ChatLogprobsWriter:

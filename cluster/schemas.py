@@ -78,8 +78,12 @@ class TemplateArguments(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     thinking: bool
 
 
+class DebugOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    selected_pages: bool = False
+
+
 class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What both kinds of request share: OpenAI's fields and vLLM's extras."""
+    """What both kinds of request share: OpenAI's fields, extras of vLLM and llama.cpp, and `debug`."""
 
     model: Name
     max_tokens: Count | None = None
@@ -97,6 +101,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     ignore_eos: bool = False
     stream: bool = False
     stream_options: StreamOptions | None = None
+    return_progress: bool = False  # llama.cpp's
+    debug: DebugOptions | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -106,6 +112,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     @property
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
+
+    @property
+    def selected_pages(self) -> bool:
+        """Whether the reply is to say which pages the indexer selected."""
+        return self.debug is not None and self.debug.selected_pages
 
     @property
     def num_logprobs(self) -> int | None:
@@ -121,6 +132,11 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         """Raises InvalidRequest for what no single field shows."""
         if self.stream_options is not None and not self.stream:
             raise _invalid("stream_options", "is allowed only where stream is true")
+        if self.return_progress and not self.stream:
+            raise _invalid("return_progress", "is allowed only where stream is true")
+        if self.selected_pages and self.stops:
+            # A stop string is found in the gateway: the worker does not know then that its last token was the last.
+            raise _invalid("debug.selected_pages", "is not supported together with stop")
         _check_ids("stop_token_ids", self.stop_token_ids, limits)
         for key in self.logit_bias:
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab_size):

@@ -2,22 +2,27 @@
 
 import asyncio
 import contextlib
+import itertools
 import random
 import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import msgspec
 import pytest
+import torch
 from oracle import Oracle
 
 from cluster.controller import WorkerInfo
 from cluster.fleet import Fleet
-from cluster.flight import Flight, Pilot
+from cluster.flight import Flight, Pilot, Reading, Step
 from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs
+from kernels.rows import Rows
+from workers.attention import Indexer
 from workers.config import EngineConfig
+from workers.messages import Progress, Update
 from workers.page_hash import page_hashes
 from workers.request import Request, SamplingParams
 from workers.start import RunningWorker, make_engine, start_worker
@@ -176,15 +181,27 @@ def test_greedy_tokens_equal_transformers(model: Path, tmp_path: Path, budget: i
         cluster.stop()
 
 
+def _seen(flight: Flight, events: list[object]) -> list[Reading]:
+    """The readings among what a flight has yielded, which all come before its first token."""
+    readings = list(itertools.takewhile(lambda event: isinstance(event, Reading), events))
+    assert all(isinstance(event, Step) for event in events[len(readings) :])
+    assert all(reading.total == len(flight.prompt) for reading in readings)
+    return readings  # type: ignore[return-value]
+
+
 def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
     cluster = Cluster(model)
     flights = [
         _flight(100 + seed, 150 + 30 * seed, max_tokens=60, temperature=0.7, seed=seed) for seed in range(6)
     ]
+    events: dict[Flight, list[object]] = {flight: [] for flight in flights}
+    for flight in flights:
+        flight.wants_progress = flight.wants_selected_pages = True
 
     async def work(pilot: Pilot, fleet: Fleet) -> None:
         async def fly(flight: Flight) -> None:
-            async for _ in pilot.fly(flight):
+            async for event in pilot.fly(flight):
+                events[flight].append(event)
                 if flight is flights[0] and len(flight.emitted) == 10:
                     threading.Thread(target=cluster.decodes[0].stop).start()
                 if flight is flights[1] and len(flight.emitted) == 20:
@@ -197,8 +214,97 @@ def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
         cluster.run(work)
         assert [flight.emitted for flight in flights] == _alone(model, flights)
         assert any(flight.restarts for flight in flights)
+        for flight in flights:
+            processed = [reading.processed for reading in _seen(flight, events[flight])]
+            assert processed == sorted(set(processed))
+            assert processed[-1] == len(flight.prompt)
+            counted = {sum(counts) for counts in flight.selected_pages}
+            assert counted == {59 * 64} if not flight.restarts else max(counted, default=0) <= 59 * 64
     finally:
         cluster.stop()
+
+
+def test_a_flight_tells_how_far_its_prompt_has_been_read(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[Update] = []
+    for running in cluster.all:
+
+        def emit(updates: Any, emit: Any = running.worker._emit) -> None:
+            sent.extend(update for _, update in updates)
+            emit(updates)
+
+        monkeypatch.setattr(running.worker, "_emit", emit)
+    cold, again, silent = _flight(150, 500), _flight(150, 500), _flight(151, 500)
+    cold.wants_progress = again.wants_progress = True
+
+    async def work(pilot: Pilot, _: Fleet) -> list[list[object]]:
+        return [[event async for event in pilot.fly(flight)] for flight in (silent, cold, again)]
+
+    nothing, first, second = cluster.run(work)
+    assert [reading.processed for reading in _seen(cold, first)] == [0, 192, 384, 500]  # max_batched_tokens
+    assert {reading.cache for reading in _seen(cold, first)} == {0}
+    last = _seen(again, second)[-1]
+    assert (last.cache, last.processed) == (again.num_hit, 500)
+    assert len(_seen(again, second)) <= 4
+    assert not _seen(silent, nothing)
+    progress = {update.request_id.split("#")[0] for update in sent if isinstance(update, Progress)}
+    assert progress == {cold.id, again.id}
+
+
+def _watch_indexers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Rows, torch.Tensor]]:
+    """What every indexer in this process selects, with the number of the one that did."""
+    seen: list[tuple[int, Rows, torch.Tensor]] = []
+    select = Indexer.__call__
+
+    def watched(self: Indexer, *inputs: Any) -> torch.Tensor:
+        selected = select(self, *inputs)
+        seen.append((id(self), inputs[4], selected.clone()))
+        return selected
+
+    monkeypatch.setattr(Indexer, "__call__", watched)
+    return seen
+
+
+def _recount(
+    seen: list[tuple[int, Rows, torch.Tensor]], first: int, num_pages: int
+) -> dict[int, list[list[int]]]:
+    """Row by row and slot by slot, for the rows at `first` and later: indexer -> pages."""
+    counts: dict[int, list[int]] = {}
+    for indexer, rows, selected in seen:
+        for request, (start, end) in enumerate(itertools.pairwise(rows.query_starts)):
+            pages = rows.page_table[request].tolist()
+            for row in range(start, end):
+                if rows.positions[row] < first:
+                    continue
+                of_indexer = counts.setdefault(indexer, [0] * num_pages)
+                for slot in selected[row].tolist():
+                    if slot >= 0:
+                        of_indexer[pages.index(slot // 64)] += 1
+    return counts
+
+
+def test_what_was_read_is_counted_for_those_who_ask(
+    cluster: Cluster, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = _watch_indexers(monkeypatch)
+    asking = _flight(160, 300, max_tokens=24)  # several times top-k; its answer crosses into another page
+    others = [_flight(161 + number, 40 + 60 * number, max_tokens=25) for number in range(2)]
+    short = _flight(170, 20, max_tokens=1)
+    asking.wants_selected_pages = short.wants_selected_pages = True
+
+    async def work(pilot: Pilot, _: Fleet) -> None:
+        await asyncio.gather(*(_collect(pilot.fly(flight)) for flight in (*others, asking, short)))
+
+    cluster.run(work)
+    recount = _recount(seen, 300, num_pages=6)  # no other request is as long
+    assert len(asking.selected_pages) == 4  # layers
+    assert asking.selected_pages == list(recount.values())
+    assert all(sum(counts) == 23 * 64 for counts in asking.selected_pages)  # the last token is never computed
+    assert short.selected_pages == []  # its only token came from prefill
+    assert not any(flight.selected_pages for flight in others)
+    monkeypatch.undo()
+    assert [flight.emitted for flight in (asking, *others)] == _alone(model, [asking, *others])
 
 
 def test_a_third_request_ships_only_what_the_decode_worker_lacks(model: Path) -> None:

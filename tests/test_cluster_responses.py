@@ -2,19 +2,24 @@ import json
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
+from stub_server import StubServer
 
 from cluster.chat_encoding import Piece
 from cluster.output import Delta
 from cluster.responses import (
+    DONE,
     ChatLogprobsWriter,
     ChatReply,
     CompletionLogprobsWriter,
     CompletionReply,
+    Debug,
     ModelCard,
     ModelList,
+    PromptProgress,
     Timing,
     Usage,
     encode,
@@ -132,6 +137,67 @@ def test_completions() -> None:
     assert events[0]["choices"] == [{"index": 0, "text": "a", "logprobs": None, "finish_reason": None}]
     assert events[1]["choices"] == [{"index": 0, "text": "", "logprobs": None, "finish_reason": "stop"}]
     assert events[2]["choices"] == []
+
+
+@pytest.mark.parametrize("include_usage", [True, False])
+def test_progress_is_an_event_without_choices(include_usage: bool) -> None:
+    progress = PromptProgress(total=500, cache=128, processed=320)
+    for reply, kind in ((_chat(include_usage=include_usage), ChatCompletionChunk),
+                        (_completion(include_usage=include_usage), Completion)):  # fmt: skip
+        event = _event(reply.progress(progress))
+        assert kind.model_validate(event).choices == []
+        assert event.pop("created") == 7
+        assert event.pop("usage", "absent") is (None if include_usage else "absent")
+        del event["id"], event["object"], event["model"]
+        assert event == {"choices": [], "prompt_progress": {"total": 500, "cache": 128, "processed": 320}}
+
+
+def test_the_openai_sdk_reads_a_stream_with_progress_and_debug() -> None:
+    progress = [PromptProgress(total=500, cache=128, processed=count) for count in (128, 320, 500)]
+    debug = Debug(selected_pages=[[3, 0]])
+    chat, completion = _chat(include_usage=True), _completion()
+    streams = {
+        "/v1/chat/completions": [
+            chat.start(),
+            *map(chat.progress, progress),
+            chat.delta(Delta("", "text")),
+            chat.end("stop"),
+            chat.usage(USAGE, TIMING, debug),
+            DONE,
+        ],
+        "/v1/completions": [
+            *map(completion.progress, progress),
+            completion.delta(Delta("", "text")),
+            completion.end("stop", debug),
+            DONE,
+        ],
+    }
+    with (
+        StubServer(lambda path, body: iter(streams[path])).running() as server,
+        openai.OpenAI(base_url=f"{server.url}/v1", api_key="x", max_retries=0) as sdk,
+    ):
+        extra = {"return_progress": True, "debug": {"selected_pages": True}}
+        hello: Any = [{"role": "user", "content": "hello"}]
+        chunks = list(sdk.chat.completions.create(model="m", messages=hello, stream=True, extra_body=extra))
+        pieces = list(sdk.completions.create(model="m", prompt="hello", stream=True, extra_body=extra))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices) == "text"
+    assert "".join(piece.choices[0].text for piece in pieces if piece.choices) == "text"
+    for events in (chunks, pieces):
+        read = [event.prompt_progress["processed"] for event in events if hasattr(event, "prompt_progress")]  # type: ignore[attr-defined]
+        assert read == [128, 320, 500]
+        assert events[-1].debug == {"selected_pages": [[3, 0]]}  # type: ignore[attr-defined]
+    assert server.seen[0]["return_progress"] is True
+
+
+def test_debug_stands_beside_the_usage_or_in_the_last_event() -> None:
+    debug = Debug(selected_pages=[[3, 0], [1, 2]])
+    for reply in (_chat(), _completion()):
+        whole = json.loads(reply.whole(Delta("", "x"), "stop", USAGE, TIMING, None, debug))
+        last, usage = _event(reply.end("stop", debug)), _event(reply.usage(USAGE, TIMING, debug))
+        assert [body["debug"] for body in (whole, last, usage)] == [{"selected_pages": [[3, 0], [1, 2]]}] * 3
+        plain = json.loads(reply.whole(Delta("", "x"), "stop", USAGE, TIMING))
+        for body in (plain, _event(reply.end("stop")), _event(reply.delta(Delta("", "x")))):
+            assert not {"debug", "prompt_progress"} & set(body)
 
 
 def test_chat_logprobs(tokenizer: Tokenizer) -> None:

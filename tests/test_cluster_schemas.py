@@ -66,6 +66,17 @@ def test_every_field_reaches_the_worker() -> None:
         assert request.include_usage
 
 
+def test_what_a_reply_tells_besides_its_text_is_off_unless_asked_for() -> None:
+    for parse in (_chat, _completion):
+        assert not parse(stream=True).return_progress
+        assert parse(stream=True, return_progress=True).return_progress
+        assert not parse(return_progress=False).return_progress
+        assert not parse().selected_pages
+        assert not parse(debug={}, stop="x").selected_pages
+        assert not parse(debug={"selected_pages": False}, stop="x").selected_pages
+        assert parse(debug={"selected_pages": True}, stop=[], stop_token_ids=[7]).selected_pages
+
+
 def test_a_null_is_an_absent_field() -> None:
     nulls = dict.fromkeys({*ChatRequest.__struct_fields__, *CHAT_NEUTRAL, *IGNORED} - set(CHAT))
     assert _chat(**nulls) == _chat()
@@ -157,6 +168,13 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"stream_options": {}}, "stream_options", "stream is true"),
     ({"stream": True, "stream_options": {"include_usage": 1}}, "stream_options.include_usage", "bool"),
     ({"stream": "yes"}, "stream", "Expected `bool`"),
+    ({"return_progress": True}, "return_progress", "stream is true"),
+    ({"stream": False, "return_progress": True}, "return_progress", "stream is true"),
+    ({"stream": True, "return_progress": 1}, "return_progress", "Expected `bool`"),
+    ({"debug": True}, "debug", "Expected `object`"),
+    ({"debug": {"selected_pages": 1}}, "debug.selected_pages", "Expected `bool`"),
+    ({"debug": {"selected_rows": True}}, "debug", "unknown field `selected_rows`"),
+    ({"debug": {"selected_pages": True}, "stop": "x"}, "debug.selected_pages", "together with stop"),
     ({"frobnicate": 1}, "frobnicate", "not a field"),
 ]  # fmt: skip
 WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [

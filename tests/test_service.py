@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -21,6 +22,7 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from cluster import chat
 from cluster.ledger import verify
 from workers.model_config import ModelConfig
 from workers.tiny import write_tiny
@@ -395,6 +397,41 @@ def test_the_openai_sdk_works(service: Service) -> None:
         client.completions.create(model="gpt-4", prompt="x", max_tokens=1)
 
 
+def test_progress_and_what_was_read(service: Service) -> None:
+    prompt, debug = _ids(6000, 700), {"selected_pages": True}
+    wanted = {"stream": True, "stream_options": {"include_usage": True}, "return_progress": True}
+    with service.client() as client:
+        for again in (False, True):
+            answer = client.post("/v1/completions", json=_body(prompt, debug=debug, **wanted))
+            chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+            progress = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+            assert [chunk["choices"] for chunk in chunks[: len(progress)]] == [[]] * len(progress)
+            assert progress[-1] == {"total": 700, "cache": 640 * again, "processed": 700}
+            assert chunks[-1]["usage"]["prompt_cache_hit_tokens"] == 640 * again
+            counts = chunks[-1]["debug"]["selected_pages"]
+            assert [sum(of_layer) for of_layer in counts] == [7 * 64] * 4  # rows x top-k
+            assert not any("debug" in chunk for chunk in chunks[:-1])
+        plain, counted = _complete(client, prompt), _complete(client, prompt, debug=debug)
+    assert plain["choices"] == counted["choices"]
+    assert "debug" not in plain
+    assert counted["debug"] == {"selected_pages": counts}
+
+
+def test_questions_about_a_document(
+    service: Service, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "text"
+    path.write_text("It was a bright cold day in April. " * 20)
+    options = ["--url", service.url, "--api-key", KEYS["alpha"], "--max-tokens", "5", "--document", str(path)]
+    assert chat.main([*options, "--ask", "When?", "--ask", "How was it?"]) == 0
+    hits = [int(found) for found in re.findall(r"^prompt \d+ \(hit (\d+)", capsys.readouterr().out, re.M)]
+    assert hits[0] == 0
+    assert hits[1] >= 64
+    path.write_text("x" * 5_000_000)
+    assert chat.main([*options, "--ask", "When?"]) == 1
+    assert "HTTP 413: the body is larger than 4194304 bytes" in capsys.readouterr().out
+
+
 BAD = {  # body or fields of it -> status and what the message names
     "not JSON": (b"{", 400, "JSON"),
     "not UTF-8": (b'{"model": "\xff"}', 400, "UTF-8"),
@@ -409,6 +446,8 @@ BAD = {  # body or fields of it -> status and what the message names
     "unknown token": ({"prompt": [10**6]}, 400, "prompt[0]"),
     "longer than the context": ({"prompt": [20] * 12_001}, 400, "12000"),
     "unknown field": ({"wat": 1}, 400, "wat"),
+    "progress without a stream": ({"return_progress": True}, 400, "return_progress"),
+    "unknown debug field": ({"debug": {"wat": True}}, 400, "wat"),
 }
 
 

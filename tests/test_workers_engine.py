@@ -1,5 +1,6 @@
 """The engine with a model that reads its tokens back through slots and page tables: a wrong page gives a wrong token."""
 
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -45,7 +46,13 @@ class PagedModel:
     device = "cpu"
 
     def forward(
-        self, token_ids: torch.Tensor, rows: Rows, slots: torch.Tensor, cache: Any, logits_rows: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        rows: Rows,
+        slots: torch.Tensor,
+        cache: Any,
+        logits_rows: torch.Tensor,
+        on_selected: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         assert len(set(slots.tolist())) == len(slots) == len(token_ids) == rows.query_starts[-1]
         cache[0, slots] = embed(token_ids, rows.positions)

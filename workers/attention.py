@@ -6,6 +6,7 @@ the precision of the cache: prefill and decode see the same bytes.
 
 import itertools
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -101,8 +102,9 @@ class Attention:
         slots: torch.Tensor,
         latent_pages: torch.Tensor,
         index_pages: torch.Tensor,
+        on_selected: Callable[[torch.Tensor], None] | None,
     ) -> torch.Tensor:
-        """x [T, D], slots int64 [T] (where each row's caches go) -> [T, D]."""
+        """x [T, D], slots int64 [T] (where each row's caches go) -> [T, D]. `on_selected` is shown the indexer's slots."""
         config = self._config
         query_latent, index_key, cached = self._down(x)
         query, index_query = self._up(self._query_norm(query_latent))
@@ -114,6 +116,8 @@ class Attention:
         key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
         self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
         selected = self._indexer(x, index_query, index_key, rope, rows, slots, index_pages)
+        if on_selected is not None:
+            on_selected(selected)
         out = self._attend(query_nope, query_pe, rows, latent_pages, selected)
         return self._out(out.flatten(1))
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from kernels.layout import PAGE_SIZE
 from workers.engine import Engine, StepOutput
 from workers.messages import Landed, Load, Reserve, Submit, Ticket, Ticketed, Tokens
+from workers.page_counts import PageCounts
 from workers.paged_cache import PagedCache
 from workers.prefill import SMOOTHING
 from workers.request import Request, Status
@@ -54,6 +55,8 @@ class DecodeWorker(Worker):
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             namespace=message.namespace,
+            # The first row computed here is that of the token which the prefill worker samples.
+            page_counts=PageCounts(len(message.tokens)) if message.selected_pages else None,
         )
         job = DecodeJob(
             request, owner, num_reported=request.num_output_tokens + 1
@@ -149,6 +152,7 @@ class DecodeWorker(Worker):
         )
         for result in output.results:
             job = self.jobs[result.request.id]
+            counts: PageCounts | None = job.request.page_counts if result.finish is not None else None
             self._send(
                 job,
                 Tokens(
@@ -157,6 +161,7 @@ class DecodeWorker(Worker):
                     tokens=[result.token],
                     logprobs=None if result.logprobs is None else [result.logprobs],
                     finish=result.finish,
+                    selected_pages=None if counts is None else counts.tolist(),
                     num_cached_tokens=job.request.num_cached_tokens,
                 ),
             )

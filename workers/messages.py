@@ -8,7 +8,7 @@ import msgspec
 
 from workers.request import SamplingParams, TokenLogprobs
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 HEARTBEAT_S = 0.2
 
 
@@ -37,14 +37,17 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     namespace: bytes
 
 
-class Reserve(Submit, frozen=True, tag="reserve"):
+class Reserve(Submit, frozen=True, tag="reserve", kw_only=True):
     """To a decode worker: hold pages for this prompt, answer with a ticket, go on once the caches have landed."""
+
+    selected_pages: bool = False  # whether the last update is to say which pages the indexer selected
 
 
 class Prefill(Submit, frozen=True, tag="prefill", kw_only=True):
     """To a prefill worker: compute the prompt, ship it to the ticket's pages, sample one token."""
 
     ticket: Ticket
+    progress: bool = False  # whether to report how far the prompt has been read
 
 
 class Abort(msgspec.Struct, frozen=True, tag="abort"):
@@ -59,6 +62,14 @@ class Ticketed(msgspec.Struct, frozen=True, tag="ticketed"):
     ticket: Ticket
 
 
+class Progress(msgspec.Struct, frozen=True, tag="progress"):
+    """After a step of a prefill worker, where asked for: how many tokens of the prompt have their caches there."""
+
+    request_id: str
+    num_computed_tokens: int
+    num_cached_tokens: int  # of them, found in this worker's prefix cache
+
+
 class Tokens(msgspec.Struct, frozen=True, tag="tokens", kw_only=True):
     """New output tokens. `start` is the output index of the first, so that none is lost and none comes twice."""
 
@@ -67,6 +78,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", kw_only=True):
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None = None
     finish: str | None = None  # "stop" or "length"
+    selected_pages: list[list[int]] | None = None  # with the last update of a decode worker, where asked for
     num_cached_tokens: int | None = (
         None  # with the first update: prompt tokens found in this worker's prefix cache
     )
@@ -103,7 +115,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     counters: dict[str, float] = {}  # names in cluster.metrics: shipped_bytes, refused_pages, ...
 
 
-Update = Ticketed | Tokens | Failed | Landed
+Update = Ticketed | Progress | Tokens | Failed | Landed
 
 
 class Frame(msgspec.Struct, frozen=True):

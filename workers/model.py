@@ -3,6 +3,7 @@
 The MTP layer (number num_hidden_layers) is stored in checkpoints but not part of this model.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,9 +40,10 @@ class Layer:
         slots: torch.Tensor,
         latent_pages: torch.Tensor,
         index_pages: torch.Tensor,
+        on_selected: Callable[[torch.Tensor], None] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         x, residual = self.attention_norm.add(x, residual)
-        x = self.attention(x, rope, rows, slots, latent_pages, index_pages)
+        x = self.attention(x, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, residual = self.mlp_norm.add(x, residual)
         return self.mlp(x), residual
 
@@ -85,19 +87,21 @@ class Model:
         slots: torch.Tensor,
         cache: PagedCache,
         logits_rows: torch.Tensor,
+        on_selected: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Runs T rows and writes their caches.
 
         token_ids:   int64 [T]
         slots:       int64 [T], physical page x 64 + offset: where each row's caches go
         logits_rows: int64 [S], the rows whose logits are wanted
+        on_selected: called layer after layer with the slots that the indexer selected, int32 [T, topk], -1 padded
         Returns fp32 [S, vocab_size].
         """
         x = self._embedding[token_ids]
         residual = torch.zeros_like(x)
         rope = self._rope_table.at(rows.positions)
         for layer, latent_pages, index_pages in zip(self._layers, cache.latent, cache.index, strict=True):
-            x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages)
+            x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
         return self._ops.linear(x.float(), self._head)
 

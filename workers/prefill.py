@@ -3,7 +3,8 @@
 Life of a request here:
   1. Prefill arrives with a landing ticket; the engine queues the request.
   2. After each step the pages that became full are handed to the shipper, which packs and sends them while the next
-     chunk computes. Pages that the decode worker already holds are left out.
+     chunk computes. Pages that the decode worker already holds are left out. A gateway that wants to know is told how far
+     the prompt has been read.
   3. The last chunk samples the first token, which goes to the gateway at once. The rest of the pages is shipped, then the
      commit that carries the token.
   4. The pages stay held until the shipper has said that it will not read them again; then they are prefix cache.
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 
 from kernels.layout import PAGE_SIZE
 from workers.engine import Engine, StepOutput
-from workers.messages import Load, Prefill, Submit, Ticket, Tokens
+from workers.messages import Load, Prefill, Progress, Submit, Ticket, Tokens
 from workers.request import Request
 from workers.scheduler import QueueFull
 from workers.shipping.sender import Shipper
@@ -30,6 +31,7 @@ class PrefillJob(Job):
     ticket: Ticket
     num_pages: int  # of the prompt
     num_shipped: int  # leading pages that are on their way, or need none
+    progress: bool  # whether its gateway wants to know how far it is
     over: bool = False  # nothing more will be shipped for it; waiting for the shipper's last word
 
 
@@ -71,6 +73,7 @@ class PrefillWorker(Worker):
             ticket=message.ticket,
             num_pages=len(message.ticket.pages),
             num_shipped=message.ticket.num_resident_tokens // PAGE_SIZE,
+            progress=message.progress,
             num_reported=request.num_output_tokens,
         )
         try:
@@ -104,6 +107,8 @@ class PrefillWorker(Worker):
             job = self.jobs[scheduled.request.id]
             job.first_step_at = job.first_step_at or now - output.seconds
             self._ship(job, scheduled.request.num_computed_tokens // PAGE_SIZE)
+            if job.progress:
+                self._report(job)
         for result in output.results:
             job = self.jobs[result.request.id]
             self._ship(job, job.num_pages)
@@ -123,6 +128,11 @@ class PrefillWorker(Worker):
                 ),
             )
             self.shipper.commit(job.ticket, result.token, finish)
+
+    def _report(self, job: PrefillJob) -> None:
+        request = job.request
+        assert request.num_cached_tokens is not None
+        self._send(job, Progress(request.id, request.num_computed_tokens, request.num_cached_tokens))
 
     def _measure(self, num_tokens: int, seconds: float) -> None:
         """Small steps say more about overhead than about speed: after one of them alone a worker would look slow."""

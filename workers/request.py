@@ -2,6 +2,7 @@
 
 import enum
 from dataclasses import dataclass, field
+from typing import Any
 
 import msgspec
 
@@ -53,6 +54,9 @@ class Request:
     namespace: bytes  # seeds the page hashes: requests share pages only inside one namespace
     hold_pages: bool = False  # prefill role: pages stay held after the end until Engine.release
     one_token: bool = False  # prefill role: finish (reason "prefilled") after one sampled token
+    page_counts: Any = (
+        None  # decode role, where asked for: a PageCounts of the runner's, of which nothing is known here
+    )
     status: Status = Status.WAITING
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # found in the prefix cache here when first scheduled or reserved

@@ -1,12 +1,14 @@
 """A plan as tensors: token ids, positions, slots, page table; and one call of the model. Knows nothing of policy."""
 
 from array import array
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 
 from kernels.layout import PAGE_SIZE
 from kernels.rows import Rows
+from workers.page_counts import SelectionWatch
 from workers.scheduler import Plan, Scheduled
 
 
@@ -14,11 +16,18 @@ class Model(Protocol):
     device: str
 
     def forward(
-        self, token_ids: torch.Tensor, rows: Rows, slots: torch.Tensor, cache: Any, logits_rows: torch.Tensor
+        self,
+        token_ids: torch.Tensor,
+        rows: Rows,
+        slots: torch.Tensor,
+        cache: Any,
+        logits_rows: torch.Tensor,
+        on_selected: Callable[[torch.Tensor], None] | None = None,
     ) -> torch.Tensor:
         """Computes T rows, writes their caches, and returns the logits of S of them.
 
         token_ids, slots: int64 [T]; a slot is page x 64 + offset. logits_rows: int64 [S]. Returns fp32 [S, V].
+        on_selected is called layer after layer with the slots that the rows attend to: int32 [T, topk], -1 padded.
         """
 
 
@@ -44,13 +53,18 @@ class Runner:
         table = page_table(batch)
         owner = torch.repeat_interleave(torch.tensor([item.num_tokens for item in batch]))
         slots = table[owner, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
-        return self._model.forward(
+        watch = SelectionWatch.of(batch, device)
+        logits = self._model.forward(
             torch.frombuffer(token_ids, dtype=torch.int64).to(device),
             Rows(tuple(query_starts), position.to(device), table.to(device)),
             slots.to(device),
             self._cache,
             torch.tensor(logits_rows, dtype=torch.int64, device=device),
+            watch.take if watch else None,
         )
+        if watch:
+            watch.add_up()
+        return logits
 
 
 def page_table(batch: list[Scheduled]) -> torch.Tensor:
