@@ -13,6 +13,7 @@ from kernels.reference import (
     write_index_keys,
     write_latents,
 )
+from kernels.reference.cache import LATENTS_AT_ONCE
 from kernels.testing import LAYOUTS
 
 NUM_PAGES = 3
@@ -92,6 +93,16 @@ def test_layers_of_one_tensor_are_written_through_views() -> None:
     write_index_keys(layers[1], SLOTS, torch.ones(3, 128), FP8)
     assert not layers[0].any()
     assert read_index_keys(layers[1], SLOTS, FP8).unique().tolist() == [1.0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_many_latents_are_read_as_one_by_one(layout: CacheLayout) -> None:
+    count = 2 * LATENTS_AT_ONCE + 5
+    pages = latent_pages(layout)
+    write_latents(pages, torch.arange(64), torch.randn(64, 512), torch.randn(64, 64), layout)
+    slots = torch.randint(-1, 64, (count,))
+    one_by_one = torch.cat([read_latents(pages, slot, layout) for slot in slots.split(1)])
+    assert torch.equal(read_latents(pages, slots, layout), one_by_one)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

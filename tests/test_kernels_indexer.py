@@ -127,6 +127,20 @@ def test_selection_is_top_k_of_index_scores() -> None:
     assert torch.equal(select(case, 100), slots[picks.long()].int())
 
 
+def test_contexts_of_several_groups_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Selected are the best of all groups, also a row at a time, when keys are kept from one piece to the next, and with others."""
+    case = make_case([2 * indexer.KEYS_IN_GROUP + 700, indexer.KEYS_IN_GROUP, 70], [40, 3, 1])
+    whole = select(case, 64)
+    part = case.only(range(40))
+    scores = index_scores(part.index_q, part.index_weights, part.index_pages, part.rows, FP8)
+    picks = top_k(scores, part.rows.positions + 1, 64)
+    assert torch.equal(whole[:40], case.slots_of(0, scores.shape[1])[picks.long()].int())
+    for row in (0, 21, 39, 40, 42, 43):
+        assert torch.equal(select(case.only([row]), 64), whole[[row]])
+    monkeypatch.setattr(indexer, "CHUNK_BYTES", 1)
+    assert torch.equal(select(case, 64), whole)
+
+
 def test_equal_scores_take_the_first_tokens() -> None:
     case = make_case([700], [4])
     slots = case.slots_of(0, 700)

@@ -9,6 +9,8 @@ import torch
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.quant import dequantize_blocks, quantize_blocks
 
+LATENTS_AT_ONCE = 512  # what is computed on the way to them stays in the CPU's cache
+
 
 def write_latents(
     pages: torch.Tensor, slots: torch.Tensor, latent: torch.Tensor, k_pe: torch.Tensor, layout: CacheLayout
@@ -37,16 +39,18 @@ def write_index_keys(
 
 def read_latents(pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
     """slots int [...] -> fp32 [..., latent_dim + rope_dim], dequantised."""
-    rows = _take(pages.view(-1, layout.latent_row_bytes), slots.flatten())
-    if layout.quantized:
-        values, scales, k_pe = rows.split(
+    table, dim = pages.view(-1, layout.latent_row_bytes), layout.latent_dim + layout.rope_dim
+    if not layout.quantized:
+        return _take(table, slots.flatten()).view(torch.float32).view(*slots.shape, dim)
+    out = pages.new_empty(slots.numel(), dim, dtype=torch.float32)
+    for some, target in zip(slots.flatten().split(LATENTS_AT_ONCE), out.split(LATENTS_AT_ONCE), strict=True):
+        values, scales, k_pe = _take(table, some).split(
             (layout.latent_dim, layout.latent_scale_bytes, 2 * layout.rope_dim), dim=-1
         )
-        latent = dequantize_blocks(values.view(torch.float8_e4m3fn), scales.view(torch.float32))
-        out = torch.cat((latent, k_pe.view(torch.bfloat16).float()), dim=-1)
-    else:
-        out = rows.view(torch.float32)
-    return out.view(*slots.shape, layout.latent_dim + layout.rope_dim)
+        latent, roped_key = target.split((layout.latent_dim, layout.rope_dim), dim=-1)
+        latent.copy_(dequantize_blocks(values.view(torch.float8_e4m3fn), scales.view(torch.float32)))
+        roped_key.copy_(k_pe.view(torch.bfloat16))
+    return out.view(*slots.shape, dim)
 
 
 def read_index_keys(pages: torch.Tensor, slots: torch.Tensor, layout: CacheLayout) -> torch.Tensor:

@@ -6,7 +6,7 @@ on how rows are chunked, nor on the length of the context.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,15 +16,17 @@ from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.cache import read_index_pages
 from kernels.reference.linear import blocked_bmm
 from kernels.reference.quant import dequantize_blocks, quantize_blocks
-from kernels.reference.topk import top_k
+from kernels.reference.topk import BLOCK, top_k_in_blocks
 from kernels.rows import Rows
 
-QUERY_TILE = 16  # (row, head) pairs multiplied at once, or the heads of one row if they are more
-KEY_TILE = 512
-PAGES_IN_TILE = KEY_TILE // PAGE_SIZE
-KEY_TILES_AT_ONCE = 8  # their logits stay in the CPU's cache
+QUERY_TILES = (64, 16)  # (row, head) pairs multiplied at once; the heads of one row if they are more
+KEY_TILE = 128
+KEYS_IN_GROUP = (
+    BLOCK * KEY_TILE
+)  # tile b of a group has its keys b, b + BLOCK, ...: neighbours end up in one column
+PAGES_IN_GROUP = KEYS_IN_GROUP // PAGE_SIZE
 CHUNK_BYTES = 16 * 2**20  # what a chunk of rows may take; one row of a request always passes
-_SCORE_BYTES = 32  # one score, and what sorting it takes
+_SCORE_BYTES = 4
 _KEY_BYTES = 512  # one key, dequantised
 
 
@@ -70,22 +72,28 @@ def select_tokens(
     visible = lengths.tolist()
 
     @functools.lru_cache(maxsize=1)  # a long request is scored in pieces, one right after the other
-    def keys_of(*requests: int) -> tuple[torch.Tensor, ...]:
-        lengths = [max(visible[slice(*rows.query_starts[request : request + 2])]) for request in requests]
-        return _key_tiles(index_pages, rows.page_table, requests, lengths, layout)
+    def kept_keys(request: int) -> list[torch.Tensor]:
+        first, end = rows.query_starts[request : request + 2]
+        return list(_key_groups(index_pages, rows.page_table[request], max(visible[first:end]), layout))
+
+    def keys_of(piece: _Piece) -> Iterable[torch.Tensor]:
+        if (piece.start, piece.end) == rows.query_starts[piece.request : piece.request + 2]:
+            return _key_groups(index_pages, rows.page_table[piece.request], piece.length, layout)
+        return kept_keys(piece.request)
 
     selected = torch.empty(len(q), topk, dtype=torch.int32, device=q.device)
     for pieces in _chunks(rows, visible):
         chunk = slice(pieces[0].start, pieces[-1].end)
         chunk_q, chunk_weights = _as_cached(q[chunk], layout), weights[chunk]
-        num_tiles = max(_num_tiles(piece.length) for piece in pieces)
-        scores = chunk_q.new_zeros(len(chunk_q), num_tiles, KEY_TILE)
-        # The others take all of their tokens, whatever their scores.
-        scored = [piece for piece in pieces if piece.length > topk]
-        for piece, keys in zip(scored, keys_of(*(piece.request for piece in scored)), strict=True):
+        num_groups = max(_num_groups(piece.length) for piece in pieces)
+        scores = chunk_q.new_zeros(BLOCK, len(chunk_q), num_groups, KEY_TILE)
+        for piece in pieces:
+            if piece.length <= topk:  # all of its tokens are taken, whatever their scores
+                continue
             own = slice(piece.start - chunk.start, piece.end - chunk.start)
-            _score(chunk_q[own], chunk_weights[own], keys, out=scores[own, : _num_tiles(piece.length)])
-        picks = top_k(scores.flatten(1), lengths[chunk], topk)
+            target = scores[:, own, : _num_groups(piece.length)]
+            _score(chunk_q[own], chunk_weights[own], keys_of(piece), out=target)
+        picks = top_k_in_blocks(scores.flatten(2), lengths[chunk], topk)
         owners = [piece.request for piece in pieces for _ in range(piece.start, piece.end)]
         selected[chunk] = _slots(picks, rows.page_table, owners)
     return selected
@@ -101,11 +109,11 @@ def index_scores(
     if len(rows.query_starts) != 2:
         raise ValueError(f"rows holds {len(rows.query_starts) - 1} requests, but index_scores takes one")
     length = int(rows.positions.max()) + 1
-    scores = q.new_empty(len(q), _num_tiles(length), KEY_TILE, dtype=torch.float32)
-    (keys,) = _key_tiles(index_pages, rows.page_table, (0,), [length], layout)
+    scores = q.new_empty(BLOCK, len(q), _num_groups(length), KEY_TILE, dtype=torch.float32)
+    keys = _key_groups(index_pages, rows.page_table[0], length, layout)
     _score(_as_cached(q, layout), weights, keys, out=scores)
     hidden = torch.arange(length, device=q.device) > rows.positions.unsqueeze(1)
-    return scores.flatten(1)[:, :length].masked_fill(hidden, -torch.inf)
+    return scores.permute(1, 2, 3, 0).flatten(1)[:, :length].masked_fill(hidden, -torch.inf)
 
 
 def _chunks(rows: Rows, visible: list[int]) -> Iterator[list[_Piece]]:
@@ -139,55 +147,55 @@ def _as_cached(q: torch.Tensor, layout: CacheLayout) -> torch.Tensor:
     return dequantize_blocks(*quantize_blocks(q)) if layout.quantized else q.float()
 
 
-def _key_tiles(
-    index_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    requests: Sequence[int],
-    lengths: list[int],
-    layout: CacheLayout,
-) -> tuple[torch.Tensor, ...]:
-    """Of each request the keys of its first tokens, `lengths` says how many: fp32 [n, KEY_TILE, index_dim].
+def _key_groups(
+    index_pages: torch.Tensor, page_ids: torch.Tensor, length: int, layout: CacheLayout
+) -> Iterator[torch.Tensor]:
+    """The keys of a request's first `length` tokens, fp32 [KEYS_IN_GROUP, index_dim] at a time. page_ids: int32 [n], its pages.
 
     Zeros where it has no page; after the last of its tokens the last page may hold anything.
     """
-    if not requests:
-        return ()
-    counts = [_num_tiles(length) for length in lengths]
-    table = F.pad(page_table, (0, -page_table.shape[1] % PAGES_IN_TILE), value=-1)
-    page_ids = torch.cat(
-        [table[request, : count * PAGES_IN_TILE] for request, count in zip(requests, counts, strict=True)]
-    )
-    keys = [
-        read_index_pages(index_pages, ids, layout)
-        for ids in page_ids.split(PAGES_IN_TILE * KEY_TILES_AT_ONCE)
-    ]
-    return torch.cat(keys).view(-1, KEY_TILE, layout.index_dim).split(counts)
+    padded = F.pad(page_ids, (0, -len(page_ids) % PAGES_IN_GROUP), value=-1)
+    for ids in padded.split(PAGES_IN_GROUP)[: _num_groups(length)]:
+        yield read_index_pages(index_pages, ids, layout).flatten(0, 1)
 
 
-def _num_tiles(length: int) -> int:
-    return -(-length // KEY_TILE)
+def _num_groups(length: int) -> int:
+    return -(-length // KEYS_IN_GROUP)
 
 
-def _score(q: torch.Tensor, weights: torch.Tensor, keys: torch.Tensor, *, out: torch.Tensor) -> None:
-    """q fp32 [t, H, D], weights fp32 [t, H], keys fp32 [at least n, KEY_TILE, D]: fills out fp32 [t, n, KEY_TILE], unmasked."""
-    tile = max(1, QUERY_TILE // q.shape[1])
-    pad = -len(q) % tile
+def _score(
+    q: torch.Tensor, weights: torch.Tensor, keys: Iterable[torch.Tensor], *, out: torch.Tensor
+) -> None:
+    """q fp32 [t, H, D], weights fp32 [t, H], keys at least n groups fp32 [KEYS_IN_GROUP, D].
+
+    Fills out fp32 [BLOCK, t, n, KEY_TILE], unmasked: key number column * BLOCK + b of a group at [b, :, group, column].
+    """
+    num_rows, heads, _ = q.shape
+    tile = _query_tile(num_rows, heads)
+    pad = -num_rows % tile
     queries = F.pad(q, (0, 0, 0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).flatten(1, 2)
     factors = F.pad(weights, (0, 0, 0, pad)).unflatten(0, (-1, tile)).transpose(1, 2).unsqueeze(-1)
-    key_groups = keys[: out.shape[1]].split(KEY_TILES_AT_ONCE)
-    for key_group, columns in zip(key_groups, out.split(KEY_TILES_AT_ONCE, dim=1), strict=True):
-        for query, factor, target in zip(queries, factors, columns.split(tile), strict=True):
-            target.copy_(_score_tile(query, factor, key_group)[: len(target)])
+    # One group's keys stay in the CPU's cache for all rows.
+    for columns, group in zip(out.unbind(2), keys, strict=False):
+        key_tiles = group.unflatten(0, (KEY_TILE, BLOCK)).permute(1, 2, 0)
+        for query, factor, target in zip(queries, factors, columns.split(tile, dim=1), strict=True):
+            _score_tile(query, factor, key_tiles, out=target)
 
 
-def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """query [H x rows, D], factor [H, rows, 1], keys [n, KEY_TILE, D] -> [rows, n, KEY_TILE]."""
-    logits = blocked_bmm(query.expand(len(keys), -1, -1), keys.transpose(1, 2)).relu_()
-    by_head = logits.unflatten(1, factor.shape[:2]).mul_(factor).unbind(1)
-    total = by_head[0]
-    for head in by_head[1:]:  # not sum(): its order of addition may depend on the shape
+def _query_tile(num_rows: int, heads: int) -> int:
+    """Rows multiplied at once. Measured: the products of both tiles have the same bits, and few rows need few."""
+    large, small = QUERY_TILES
+    return max(1, (large if num_rows * heads > small else small) // heads)
+
+
+def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor, *, out: torch.Tensor) -> None:
+    """query [H x rows, D], factor [H, rows, 1], keys [BLOCK, D, KEY_TILE]; fills out [BLOCK, at most rows, KEY_TILE]."""
+    logits = blocked_bmm(query.expand(len(keys), -1, -1), keys).unflatten(1, factor.shape[:2])
+    num_rows = out.shape[1]
+    total, *others = logits[:, :, :num_rows].relu_().mul_(factor[:, :num_rows]).unbind(1)
+    for head in others[:-1]:  # not sum(): its order of addition may depend on the shape
         total.add_(head)
-    return total.transpose(0, 1)
+    torch.add(total, others[-1], out=out) if others else out.copy_(total)
 
 
 def _slots(picks: torch.Tensor, page_table: torch.Tensor, owners: list[int]) -> torch.Tensor:

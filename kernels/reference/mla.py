@@ -15,7 +15,7 @@ from kernels.reference.linear import COLUMN_MULTIPLE, blocked_bmm
 from kernels.rows import Rows
 
 GATHER_BYTES = (
-    2 * 2**20
+    4 * 2**20
 )  # gathered rows held at a time (at least one query's), so that they stay in the CPU's cache
 QUERY_TILE = 64  # dense: (row, head) pairs multiplied at once, or the heads of one row if they are more
 KEY_TILE = 512
@@ -127,7 +127,7 @@ def _normalized(
     """Weighted sum [..., latent_dim], sum of weights and maximum [..., 1] -> output and log-sum-exp [...]."""
     empty = total == 0
     lse = (highest + total.log()).masked_fill(empty, torch.inf)
-    return out / total.masked_fill(empty, 1.0), lse.squeeze(-1)
+    return out.div_(total.masked_fill_(empty, 1.0)), lse.squeeze(-1)
 
 
 def _visible_slots(page_ids: torch.Tensor, length: int) -> torch.Tensor:
