@@ -36,9 +36,9 @@ GENERATION_CONFIG = {
 BOS, EOS, PAD = SPECIAL = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
 MARKERS = [
     "<think>",
-    "</think>",
-    "<｜User｜>",
-    "<｜Assistant｜>",
+    THINK_END := "</think>",
+    USER := "<｜User｜>",
+    ASSISTANT := "<｜Assistant｜>",
     "<｜tool▁calls▁begin｜>",
     "<｜tool▁calls▁end｜>",
     "<｜tool▁call▁begin｜>",

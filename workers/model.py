@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kernels import dispatch
+from kernels.dispatch import Ops
 from kernels.layout import CacheLayout
 from kernels.rows import Rows
 from workers.attention import Attention
@@ -126,8 +127,14 @@ def _load_layer(
     )
 
 
-def load_model(path: str | Path, engine_config: EngineConfig, *, progress: Progress | None = None) -> Model:
-    """Reads a Hugging Face checkpoint folder.
+def load_model(
+    path: str | Path,
+    engine_config: EngineConfig,
+    *,
+    ops: Ops | None = None,
+    progress: Progress | None = None,
+) -> Model:
+    """Reads a Hugging Face checkpoint folder. `ops`: other operators than those of the back end.
 
     `progress` is called with (tensors read, tensors in all). On device "meta" nothing but the files' headers is read, to see
     whether every tensor is there in its right shape. Raises ValueError for a config that is not supported and
@@ -145,7 +152,7 @@ def load_model(path: str | Path, engine_config: EngineConfig, *, progress: Progr
     ) as checkpoint:
         weights = Weights(
             checkpoint,
-            dispatch.select("reference"),
+            ops or dispatch.select("reference"),
             precision=engine_config.precision,
             dtype=torch.float32 if full_precision else torch.bfloat16,
             quantized=config.quantized,

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.decode import DecodeWorker
@@ -49,11 +50,14 @@ class RunningWorker:
         self.links.close()
 
 
-def make_engine(model: Path, config: EngineConfig) -> tuple[Engine, PagedCache]:
-    """An engine with its caches allocated and its operators warm. Raises CheckpointError or ValueError."""
+def make_engine(model: Path, config: EngineConfig, *, ops: Ops | None = None) -> tuple[Engine, PagedCache]:
+    """An engine with its caches allocated and its operators warm. Raises CheckpointError or ValueError.
+
+    ops: other operators than those of the back end, for experiments
+    """
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    loaded = load_model(model, config)
+    loaded = load_model(model, config, ops=ops)
     layout = loaded.config.cache_layout(config.precision == "fp8")
     num_layers = loaded.config.num_hidden_layers
     num_pages = num_pages_for(config.cache_bytes, layout, num_layers)
