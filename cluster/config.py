@@ -58,7 +58,7 @@ class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Everything one cluster is started with. Raises ValueError where settings contradict each other."""
 
-    model: str | None = None  # folder of a checkpoint; None: a tiny model made on the spot
+    model: str | None = None  # folder of a checkpoint; None: the small one in demo/
     served_model_name: Name = "lightship"
     host: Name = "127.0.0.1"
     port: Port = 8000

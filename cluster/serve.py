@@ -23,7 +23,6 @@ from cluster.config import ClusterConfig, ConfigError, LedgerConfig, load
 from cluster.ledger import Ledger, LedgerUnavailable
 from workers.model import load_model
 from workers.paged_cache import num_pages_for
-from workers.tiny import write_tiny
 
 # Ray Serve reads these at import, in every process. gRPC between replicas: 6.7 -> 1.9 ms for a trivial request (default Serve
 # on two cores); an ASGI app on the replica's own loop costs no thread hop per chunk.
@@ -38,7 +37,7 @@ FAST_SERVE = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 READY_TIMEOUT_S = 600.0
-VAR = Path("var")
+DEMO_MODEL = Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
 
 
 class StartError(Exception):
@@ -64,7 +63,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m cluster.serve", description=__doc__)
     parser.add_argument("--config", type=Path, help="YAML file; cluster/cluster.yaml documents every setting")
     parser.add_argument(
-        "--model", help="a DeepSeek-V3.2 checkpoint in Hugging Face layout; default: a small random one"
+        "--model", help="a DeepSeek-V3.2 checkpoint in Hugging Face layout; default: the small one in demo/"
     )
     parser.add_argument("--port", type=int, help="default 8000")
     parser.add_argument(
@@ -82,14 +81,7 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
         overrides.append(f"port={arguments.port}")
     config = load(arguments.config, overrides)
     _check_port(config.host, config.port)
-    if config.model is None:
-        tiny = VAR / "tiny"
-        if not (tiny / "config.json").exists():
-            console.print(f"making a small DeepSeek-V3.2 checkpoint with random weights in {tiny} ...")
-            write_tiny(tiny)
-        config = msgspec.structs.replace(config, model=str(tiny))
-    assert config.model is not None
-    model = Path(config.model).resolve()
+    model = Path(config.model or DEMO_MODEL).resolve()
     _check_model(config, model)
     ledger = LedgerConfig(url=_absolute(config.ledger.url))  # the controller runs in a folder of its own
     Ledger(ledger.url).close()

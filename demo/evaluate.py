@@ -16,18 +16,16 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 
 from demo import selections
 from demo.documents import Writer
-from demo.quiz import KINDS, PARTS, Quiz, ask, make_quiz
+from demo.quiz import CHECKPOINT, KINDS, PARTS, Quiz, ask, load_tokenizer, make_quiz
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 from workers.start import make_engine
 
-CHECKPOINT = Path(__file__).parent / "checkpoint"
 LENGTHS = (1024, 4096, 16_384, 32_768, 65_536, 131_072)
 WAYS: dict[str, Callable[[], Ops | None]] = {
     "dsa": lambda: None,
@@ -186,7 +184,7 @@ def plot(scores: Sequence[Score], path: Path) -> None:
 
 def main() -> None:
     arguments = _arguments()
-    tokenizer = Tokenizer.from_file(str(arguments.checkpoint / "tokenizer.json"))
+    tokenizer = load_tokenizer(arguments.checkpoint)
     writer = Writer(tokenizer, "cpu")
     quizzes = {
         tokens: [

@@ -1,7 +1,12 @@
-"""Questions about a document, put to an engine as the service would put them: the document once, then every question after it."""
+"""Questions about a document, put to an engine as the service would put them: the document once, then every question after it.
 
+`python -m demo.quiz --tokens 4096 --to spec.txt` writes a document and prints questions about it with their answers.
+"""
+
+import argparse
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer
@@ -13,6 +18,7 @@ from workers.checkpoint import ASSISTANT, BOS, EOS, THINK_END, USER
 from workers.engine import Engine
 from workers.request import Request, SamplingParams
 
+CHECKPOINT = Path(__file__).parent / "checkpoint"
 MAX_ANSWER_TOKENS = 40
 KINDS = {SINGLE: "fact", DOUBLE: "two facts", ABSENT: "absent"}
 PARTS = ("start", "middle", "end")
@@ -94,3 +100,26 @@ def ask(engine: Engine, quiz: Quiz) -> list[list[int]]:
         while engine.has_work():
             engine.step()
     return [request.tokens[request.num_prompt_tokens :] for request in (first, *others)]
+
+
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
+    return Tokenizer.from_file(str(checkpoint / "tokenizer.json"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m demo.quiz", description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096, help="of the document and a question")
+    parser.add_argument("--questions", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--to", type=Path, required=True, help="file for the document")
+    arguments = parser.parse_args()
+    tokenizer = load_tokenizer(CHECKPOINT)
+    quiz = make_quiz(tokenizer, tokens=arguments.tokens, questions=arguments.questions, seed=arguments.seed)
+    arguments.to.write_text(tokenizer.decode(quiz.document) + "\n")
+    for question in quiz.questions:
+        asked, answer = (tokenizer.decode(ids) for ids in (question.prompt[1:-2], question.answer[:-1]))
+        print(f"{question.kind}: {asked}\n    {answer}")
+
+
+if __name__ == "__main__":
+    main()
