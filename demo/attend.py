@@ -14,6 +14,7 @@ from demo.network import AttentionInputs
 
 LOGITS_AT_ONCE = 2**29  # score elements of all heads that are in memory at a time
 LONG = 4096
+SHORT = 1024  # up to here a mask over all tokens is cheaper than copies of the selected ones
 NOTHING = -1  # in a selection: no token
 
 
@@ -78,17 +79,10 @@ class Sparse:
         index_query, index_key, index_weights = inputs.index()
         with torch.no_grad():
             picks = select(index_query, index_key, index_weights, self._topk)
-        batch, length = inputs.latent.shape[:2]
-        offsets = torch.arange(batch, device=picks.device).view(-1, 1, 1) * length
-        flat = (picks.clamp(min=0) + offsets).flatten(0, 1)
-        hidden = (picks == NOTHING).flatten(0, 1)
-        out, weights = _attend_selected(inputs, flat, hidden)
-        keys = F.embedding(flat, index_key.flatten(0, 1))
-        guess = torch.einsum("thd,tkd->thk", index_query.flatten(0, 1), keys).relu().float()
-        scores = torch.einsum("thk,th->tk", guess, index_weights.flatten(0, 1))
-        guess = scores.masked_fill(hidden, -torch.inf).log_softmax(-1)
-        self.loss = self.loss + divergence(weights, guess)
-        return out.unflatten(0, (batch, length))
+        attend = _attend_masked if picks.shape[1] <= SHORT else _attend_gathered
+        out, loss = attend(inputs, picks, index_query, index_key, index_weights)
+        self.loss = self.loss + loss
+        return out
 
 
 def expanded(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -101,20 +95,52 @@ def expanded(inputs: AttentionInputs) -> tuple[torch.Tensor, torch.Tensor, torch
     return query, torch.cat((key_nope, key_pe), dim=-1), value
 
 
-def _attend_selected(
-    inputs: AttentionInputs, picks: torch.Tensor, hidden: torch.Tensor
+def _attend_masked(
+    inputs: AttentionInputs,
+    picks: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    index_weights: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Absorbed attention. picks int64 [T, k] into B x L tokens, hidden bool [T, k] -> [T, H, v], weights of all heads [T, k]."""
+    """Ordinary attention with all but the picks int64 [B, L, k] masked -> [B, L, H, v] and the indexer's loss."""
+    batch, length, _ = picks.shape
+    seen = torch.zeros(batch, length, length + 1, dtype=torch.bool, device=picks.device)
+    hidden = ~seen.scatter_(2, picks.masked_fill(picks == NOTHING, length), True)[..., :length]
+    query, key, value = expanded(inputs)
+    logits = torch.einsum("brhd,blhd->bhrl", query, key).float() * inputs.config.softmax_scale
+    weights = logits.masked_fill(hidden.unsqueeze(1), -torch.inf).softmax(-1)
+    out = torch.einsum("bhrl,blhd->brhd", weights.to(value.dtype), value)
+    guess = torch.einsum("brhd,bld->brhl", index_query, index_key).relu().float()
+    scores = torch.einsum("brhl,brh->brl", guess, index_weights).masked_fill(hidden, -torch.inf)
+    return out, divergence(weights.detach().mean(1), scores.log_softmax(-1))
+
+
+def _attend_gathered(
+    inputs: AttentionInputs,
+    picks: torch.Tensor,
+    index_query: torch.Tensor,
+    index_key: torch.Tensor,
+    index_weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As _attend_masked, but absorbed, over copies of what was picked: for long sequences."""
     config = inputs.config
+    batch, length, _ = picks.shape
+    offsets = torch.arange(batch, device=picks.device).view(-1, 1, 1) * length
+    places = (picks.clamp(min=0) + offsets).flatten(0, 1)
+    hidden = (picks == NOTHING).flatten(0, 1)
     key_up, value_up = inputs.latent_up.split((config.qk_nope_head_dim, config.v_head_dim), dim=1)
     absorbed = torch.einsum("blhd,hdc->blhc", inputs.query_nope, key_up)
     query = torch.cat((absorbed, inputs.query_pe.to(absorbed.dtype)), dim=-1).flatten(0, 1)
     cached = torch.cat((inputs.latent, inputs.key_pe.to(inputs.latent.dtype)), dim=-1).flatten(0, 1)
-    rows = F.embedding(picks, cached.to(query.dtype))  # [T, k, latent + rope]
+    rows = F.embedding(places, cached.to(query.dtype))  # [B x L, k, latent + rope]
     logits = torch.einsum("thc,tkc->thk", query, rows).float() * config.softmax_scale
     weights = logits.masked_fill(hidden.unsqueeze(1), -torch.inf).softmax(-1)
     latent = torch.einsum("thk,tkc->thc", weights.to(rows.dtype), rows[..., : config.kv_lora_rank])
-    return torch.einsum("thc,hdc->thd", latent, value_up), weights.detach().mean(1)
+    out = torch.einsum("thc,hdc->thd", latent, value_up).unflatten(0, (batch, length))
+    keys = F.embedding(places, index_key.flatten(0, 1))
+    guess = torch.einsum("thd,tkd->thk", index_query.flatten(0, 1), keys).relu().float()
+    scores = torch.einsum("thk,th->tk", guess, index_weights.flatten(0, 1)).masked_fill(hidden, -torch.inf)
+    return out, divergence(weights.detach().mean(1), scores.log_softmax(-1))
 
 
 def select(query: torch.Tensor, key: torch.Tensor, weights: torch.Tensor, topk: int) -> torch.Tensor:

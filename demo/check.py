@@ -7,7 +7,7 @@ from demo.documents import KIND_WEIGHTS, Chats, Writer
 from demo.network import Attend, Network
 
 LENGTHS = (64, 256, 1024, 2048, 4096, 8900)  # sentences
-QUESTIONS = 256
+QUESTIONS = 64
 
 
 def check(
@@ -18,10 +18,10 @@ def check(
     lines = []
     for sentences in lengths:
         documents = writer.write(
-            max(1, min(4, 8900 // sentences)),
+            max(1, min(16, 8900 // sentences)),
             sentences=sentences,
             facts=max(2, sentences // 2),
-            questions=min(QUESTIONS, 2 * sentences),
+            questions=min(QUESTIONS, sentences // 2),
             generator=generator,
             kinds=KIND_WEIGHTS,
         )

@@ -199,7 +199,9 @@ class Writer:
         self, known: _Facts, order: torch.Tensor, written: torch.Tensor, asked: torch.Tensor, draw: "_Draw"
     ) -> Documents:
         shape = asked.shape
-        fact = draw.below(known.values.shape[1], *shape)
+        # No fact is asked for twice, as long as there are enough: the answer must not stand in the chat already.
+        facts = known.values.shape[1]
+        fact = draw.permutation(shape[0], facts)[:, torch.arange(shape[1], device=self.device) % facts]
         service, number = fact // known.each, fact % known.each
         other_number = (number + 1 + draw.below(max(1, known.each - 1), *shape)) % known.each
         # What is absent: another attribute of a service that is there, or a service that is not.

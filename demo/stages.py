@@ -96,9 +96,9 @@ class Stage:
 
 def batch(writer: Writer, sentences: int, chooser: random.Random, generator: torch.Generator) -> Chats:
     """About BATCH_TOKENS tokens of chats about documents of this length, but at least one chat."""
-    questions = max(8, min(MAX_QUESTIONS, sentences))
-    num = max(1, int(BATCH_TOKENS / (SENTENCE_TOKENS * sentences + TURN_TOKENS * questions)))
     facts = max(2, int(sentences * chooser.choice(FACT_SHARES)))
+    questions = min(MAX_QUESTIONS, facts)
+    num = max(1, int(BATCH_TOKENS / (SENTENCE_TOKENS * sentences + TURN_TOKENS * questions)))
     documents = writer.write(
         num, sentences=sentences, facts=facts, questions=questions, generator=generator, bare=sentences <= 64
     )

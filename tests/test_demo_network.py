@@ -74,6 +74,16 @@ def test_training_and_serving_give_the_same_logits(
     assert (dense - theirs)[:, 64:].abs().max() > 0.1, "beyond top-k a selection must matter"
 
 
+def test_masked_and_gathered_attention_agree(
+    network: Network, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masked, gathered = Sparse(64, "cpu"), Sparse(64, "cpu")
+    by_mask = network.hidden(tokens, masked)
+    monkeypatch.setattr(ways, "SHORT", 0)
+    torch.testing.assert_close(network.hidden(tokens, gathered), by_mask, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(gathered.loss, masked.loss, atol=1e-5, rtol=1e-5)
+
+
 def test_a_selection_of_everything_is_dense_attention(network: Network, tokens: torch.Tensor) -> None:
     dense, sparse = network.hidden(tokens, Dense()), network.hidden(tokens, Sparse(LENGTH, "cpu"))
     assert (dense - sparse).abs().max() < 1e-4
