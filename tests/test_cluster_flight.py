@@ -5,32 +5,24 @@ import contextlib
 import itertools
 import random
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 import pytest
 import torch
+from in_process_cluster import CONFIG, Cluster, alone, collect
 from oracle import Oracle
 
-from cluster.controller import WorkerInfo
 from cluster.fleet import Fleet
 from cluster.flight import Flight, Pilot, Reading, Step
-from cluster.prefix_directory import PrefixDirectory
-from cluster.router import Costs
 from kernels.rows import Rows
 from workers.attention import Indexer
-from workers.config import EngineConfig
 from workers.messages import Progress, Update
 from workers.page_hash import page_hashes
-from workers.request import Request, SamplingParams
-from workers.start import RunningWorker, make_engine, start_worker
+from workers.request import SamplingParams
 from workers.tiny import write_tiny
-
-SECRET = "secret"
-CONFIG = EngineConfig(max_batched_tokens=192, cache_bytes=12 * 2**20, max_context=3000, threads=1)
-T = TypeVar("T")
 
 
 @pytest.fixture(scope="module")
@@ -38,74 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     write_tiny(folder)
     return folder
-
-
-def _start(role: str, model: Path, number: int, config: EngineConfig = CONFIG) -> RunningWorker:
-    return start_worker(
-        role=role,  # type: ignore[arg-type]
-        model=model,
-        engine_config=config,
-        worker_id=f"{role}-{number}",
-        epoch=random.getrandbits(40),
-        host="127.0.0.1",
-        secret=SECRET,
-    )
-
-
-def _info(running: RunningWorker) -> WorkerInfo:
-    worker = running.worker
-    return WorkerInfo(
-        worker=worker.id,
-        epoch=worker.epoch,
-        role=worker.id.split("-")[0],
-        host="127.0.0.1",
-        port=running.server.port,
-        ship_host=running.ship_host,
-        ship_port=running.ship_port,
-        pid=0,
-        node="here",
-    )
-
-
-class Cluster:
-    """Two workers of each role and a gateway's view of them."""
-
-    def __init__(self, model: Path, config: EngineConfig = CONFIG, each: int = 2) -> None:
-        self.prefills = [_start("prefill", model, n, config) for n in range(each)]
-        self.decodes = [_start("decode", model, n, config) for n in range(each)]
-        peers = {d.worker.id: (d.ship_host, d.ship_port, d.worker.epoch) for d in self.decodes}
-        for prefill in self.prefills:
-            prefill.set_peers(peers)
-
-    @property
-    def all(self) -> list[RunningWorker]:
-        return self.prefills + self.decodes
-
-    def run(self, work: Callable[[Pilot, Fleet], Awaitable[T]]) -> T:
-        """Runs a coroutine with a fleet that is connected to every worker and trusts every pair."""
-
-        async def body() -> T:
-            fleet = Fleet(gateway="test", secret=SECRET, timeout_s=3)
-            fleet.set_members([_info(running) for running in self.all])
-            pairs = len(self.prefills) * len(self.decodes)
-            async with asyncio.timeout(20):
-                while len(fleet.linked_pairs()) < pairs:
-                    await asyncio.sleep(0.02)
-            fleet.proven = fleet.linked_pairs()
-            try:
-                return await work(Pilot(fleet, Costs(bytes_per_token=788 * 4), PrefixDirectory()), fleet)
-            finally:
-                await fleet.close()
-
-        return asyncio.run(body())
-
-    def idle(self) -> bool:
-        loads = [running.worker.latest_load for running in self.all]
-        return not any(load.held_pages or load.running or load.waiting for load in loads)
-
-    def stop(self) -> None:
-        for running in self.all:
-            running.stop()
 
 
 @pytest.fixture(scope="module")
@@ -128,24 +52,6 @@ def _flight(number: int, num_tokens: int, **sampling: object) -> Flight:
     )
 
 
-async def _collect(flights: AsyncIterator[object]) -> None:
-    async for _ in flights:
-        pass
-
-
-def _alone(model: Path, flights: list[Flight]) -> list[list[int]]:
-    """The same requests in one plain engine, one after another."""
-    engine, _ = make_engine(model, CONFIG)
-    outputs = []
-    for flight in flights:
-        request = Request(flight.id, list(flight.prompt), len(flight.prompt), flight.sampling, b"alone")
-        engine.add(request)
-        while engine.has_work():
-            engine.step()
-        outputs.append(request.tokens[len(flight.prompt) :])
-    return outputs
-
-
 def test_shipped_requests_equal_one_plain_engine(cluster: Cluster, model: Path) -> None:
     flights = [
         _flight(seed, length, temperature=0.0 if seed % 2 else 0.9, seed=seed)
@@ -153,10 +59,10 @@ def test_shipped_requests_equal_one_plain_engine(cluster: Cluster, model: Path) 
     ]
 
     async def work(pilot: Pilot, _: Fleet) -> None:
-        await asyncio.gather(*(_collect(pilot.fly(flight)) for flight in flights))
+        await asyncio.gather(*(collect(pilot.fly(flight)) for flight in flights))
 
     cluster.run(work)
-    assert [flight.emitted for flight in flights] == _alone(model, flights)
+    assert [flight.emitted for flight in flights] == alone(model, flights)
     assert all(flight.finish == "length" and not flight.restarts for flight in flights)
 
 
@@ -170,7 +76,7 @@ def test_greedy_tokens_equal_transformers(model: Path, tmp_path: Path, budget: i
     flights = [_flight(number, length, max_tokens=12) for number, length in ((21, 40), (22, 300), (23, 500))]
 
     async def work(pilot: Pilot, _: Fleet) -> None:
-        await asyncio.gather(*(_collect(pilot.fly(flight)) for flight in flights))
+        await asyncio.gather(*(collect(pilot.fly(flight)) for flight in flights))
 
     try:
         cluster.run(work)
@@ -212,7 +118,7 @@ def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
 
     try:
         cluster.run(work)
-        assert [flight.emitted for flight in flights] == _alone(model, flights)
+        assert [flight.emitted for flight in flights] == alone(model, flights)
         assert any(flight.restarts for flight in flights)
         for flight in flights:
             processed = [reading.processed for reading in _seen(flight, events[flight])]
@@ -294,7 +200,7 @@ def test_what_was_read_is_counted_for_those_who_ask(
     asking.wants_selected_pages = short.wants_selected_pages = True
 
     async def work(pilot: Pilot, _: Fleet) -> None:
-        await asyncio.gather(*(_collect(pilot.fly(flight)) for flight in (*others, asking, short)))
+        await asyncio.gather(*(collect(pilot.fly(flight)) for flight in (*others, asking, short)))
 
     cluster.run(work)
     recount = _recount(seen, 300, num_pages=6)  # no other request is as long
@@ -304,7 +210,7 @@ def test_what_was_read_is_counted_for_those_who_ask(
     assert short.selected_pages == []  # its only token came from prefill
     assert not any(flight.selected_pages for flight in others)
     monkeypatch.undo()
-    assert [flight.emitted for flight in (asking, *others)] == _alone(model, [asking, *others])
+    assert [flight.emitted for flight in (asking, *others)] == alone(model, [asking, *others])
 
 
 def test_a_third_request_ships_only_what_the_decode_worker_lacks(model: Path) -> None:
@@ -316,7 +222,7 @@ def test_a_third_request_ships_only_what_the_decode_worker_lacks(model: Path) ->
     async def work(pilot: Pilot, _: Fleet) -> list[float]:
         shipped = []
         for flight in (first, longer):
-            await _collect(pilot.fly(flight))
+            await collect(pilot.fly(flight))
             shipped.append(cluster.prefills[0].links.counters()["shipped_bytes"])
         return shipped
 
@@ -336,11 +242,11 @@ def test_a_flipped_byte_of_an_index_page_is_repaired(model: Path, monkeypatch: p
     flight = _flight(400, 500)
 
     async def work(pilot: Pilot, _: Fleet) -> None:
-        await _collect(pilot.fly(flight))
+        await collect(pilot.fly(flight))
 
     try:
         cluster.run(work)
-        assert [flight.emitted] == _alone(model, [flight])
+        assert [flight.emitted] == alone(model, [flight])
         assert cluster.decodes[0].links.counters()["refused_pages"] > 0
         assert cluster.prefills[0].links.counters()["resent_shipments"] == 1
     finally:

@@ -138,6 +138,21 @@ def test_no_fact_is_asked_for_twice(writer: Writer) -> None:
         assert len(set(places)) == 40
 
 
+def test_weights_say_how_often_each_kind_is_asked_for(writer: Writer) -> None:
+    for seed in range(3):
+        for kind in range(4):
+            weights = tuple(float(kind == one) for one in range(4))
+            kinds = set(write(writer, seed, kinds=weights).kinds.flatten().tolist())
+            assert kinds == {kind} or (kind == DOUBLE and kinds == {SINGLE})  # one fact of each service
+    generator = torch.Generator().manual_seed(0)
+    many = writer.write(
+        50, sentences=8, facts=8, questions=80, generator=generator, kinds=(0.3, 0.0, 0.3, 0.4)
+    )
+    shares = many.kinds.flatten().bincount(minlength=4) / many.kinds.numel()
+    assert shares[DOUBLE] == 0
+    torch.testing.assert_close(shares, torch.tensor([0.3, 0.0, 0.3, 0.4]), atol=0.03, rtol=0)
+
+
 def test_some_chats_have_no_document(writer: Writer) -> None:
     documents = writer.write(
         400, sentences=6, facts=4, questions=4, generator=torch.Generator().manual_seed(0), bare=True
@@ -198,6 +213,16 @@ def test_any_text_survives_the_tokenizer(tokenizer: Tokenizer, text: str) -> Non
 
 def test_digits_stand_alone(tokenizer: Tokenizer) -> None:
     assert len(tokenizer.encode("20264711").ids) == 8
+
+
+def test_all_but_a_few_words_are_one_token(tokenizer: Tokenizer) -> None:
+    services = words.FIRST_PARTS + words.SECOND_PARTS
+    attributes = [attribute for group in words.ATTRIBUTES.values() for attribute in group]
+    listed = [*services, *(part.lower() for part in services), *attributes, *words.CITIES, *words.MONTHS]
+    listed += [*words.FIRST_NAMES, *words.LAST_NAMES, *words.NOUNS, *words.VERBS, *words.ADJECTIVES]
+    lengths = [len(encoding.ids) for encoding in tokenizer.encode_batch([f" {word}" for word in listed])]
+    assert lengths.count(1) / len(listed) > 0.9
+    assert all(len(tokenizer.encode(f" {attribute}").ids) == 1 for attribute in attributes)
 
 
 def test_the_checkpoint_has_this_tokenizer_on_every_machine(tokenizer: Tokenizer) -> None:

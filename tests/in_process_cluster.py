@@ -1,0 +1,106 @@
+"""Two workers of each role in this process, over real sockets and process groups, without Ray and HTTP."""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
+from typing import TypeVar
+
+from cluster.controller import WorkerInfo
+from cluster.fleet import Fleet
+from cluster.flight import Flight, Pilot
+from cluster.prefix_directory import PrefixDirectory
+from cluster.router import Costs
+from workers.config import EngineConfig
+from workers.request import Request
+from workers.start import RunningWorker, make_engine, start_worker
+
+SECRET = "secret"
+CONFIG = EngineConfig(max_batched_tokens=192, cache_bytes=12 * 2**20, max_context=3000, threads=1)
+T = TypeVar("T")
+
+
+def _start(role: str, model: Path, number: int, config: EngineConfig = CONFIG) -> RunningWorker:
+    return start_worker(
+        role=role,  # type: ignore[arg-type]
+        model=model,
+        engine_config=config,
+        worker_id=f"{role}-{number}",
+        epoch=random.getrandbits(40),
+        host="127.0.0.1",
+        secret=SECRET,
+    )
+
+
+def _info(running: RunningWorker) -> WorkerInfo:
+    worker = running.worker
+    return WorkerInfo(
+        worker=worker.id,
+        epoch=worker.epoch,
+        role=worker.id.split("-")[0],
+        host="127.0.0.1",
+        port=running.server.port,
+        ship_host=running.ship_host,
+        ship_port=running.ship_port,
+        pid=0,
+        node="here",
+    )
+
+
+class Cluster:
+    """Two workers of each role and a gateway's view of them."""
+
+    def __init__(self, model: Path, config: EngineConfig = CONFIG, each: int = 2) -> None:
+        self.prefills = [_start("prefill", model, n, config) for n in range(each)]
+        self.decodes = [_start("decode", model, n, config) for n in range(each)]
+        peers = {d.worker.id: (d.ship_host, d.ship_port, d.worker.epoch) for d in self.decodes}
+        for prefill in self.prefills:
+            prefill.set_peers(peers)
+
+    @property
+    def all(self) -> list[RunningWorker]:
+        return self.prefills + self.decodes
+
+    def run(self, work: Callable[[Pilot, Fleet], Awaitable[T]]) -> T:
+        """Runs a coroutine with a fleet that is connected to every worker and trusts every pair."""
+
+        async def body() -> T:
+            fleet = Fleet(gateway="test", secret=SECRET, timeout_s=3)
+            fleet.set_members([_info(running) for running in self.all])
+            pairs = len(self.prefills) * len(self.decodes)
+            async with asyncio.timeout(20):
+                while len(fleet.linked_pairs()) < pairs:
+                    await asyncio.sleep(0.02)
+            fleet.proven = fleet.linked_pairs()
+            try:
+                return await work(Pilot(fleet, Costs(bytes_per_token=788 * 4), PrefixDirectory()), fleet)
+            finally:
+                await fleet.close()
+
+        return asyncio.run(body())
+
+    def idle(self) -> bool:
+        loads = [running.worker.latest_load for running in self.all]
+        return not any(load.held_pages or load.running or load.waiting for load in loads)
+
+    def stop(self) -> None:
+        for running in self.all:
+            running.stop()
+
+
+async def collect(flights: AsyncIterator[object]) -> None:
+    async for _ in flights:
+        pass
+
+
+def alone(model: Path, flights: list[Flight]) -> list[list[int]]:
+    """The same requests in one plain engine, one after another."""
+    engine, _ = make_engine(model, CONFIG)
+    outputs = []
+    for flight in flights:
+        request = Request(flight.id, list(flight.prompt), len(flight.prompt), flight.sampling, b"alone")
+        engine.add(request)
+        while engine.has_work():
+            engine.step()
+        outputs.append(request.tokens[len(flight.prompt) :])
+    return outputs
