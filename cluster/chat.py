@@ -60,6 +60,7 @@ class Chat:
     thinking: bool
     document: str | None = None
     max_tokens: int | None = None  # of one answer; None: what the server allows
+    temperature: float | None = None  # None: the server's default
     messages: list[dict[str, str]] = field(default_factory=list)  # the turns
 
     def stream(self, text: str, reply: Reply) -> Generator[Text | Reading, None, None]:
@@ -91,6 +92,8 @@ class Chat:
         }
         if self.max_tokens is not None:
             body["max_tokens"] = self.max_tokens
+        if self.temperature is not None:
+            body["temperature"] = self.temperature
         if self.document is not None:
             body["messages"] = [{"role": "system", "content": self.document}, *self.messages]
             body["return_progress"] = True
@@ -275,7 +278,7 @@ def main(argv: list[str] | None = None) -> int:
         except (httpx.HTTPError, httpx.InvalidURL, ChatError, ValueError) as error:
             console.print(f"{arguments.url}: {error}", style="red")
             return 1
-        chat = Chat(http, model, arguments.thinking, document, arguments.max_tokens)
+        chat = Chat(http, model, arguments.thinking, document, arguments.max_tokens, arguments.temperature)
         if document is not None:
             console.print(
                 f"{arguments.document}: {len(document)} characters, read with each question",
@@ -298,6 +301,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--max-tokens", type=int, help="of an answer, reasoning included; as many as fit if left out"
     )
+    parser.add_argument("--temperature", type=float, help="0: always the likeliest token")
     parser.add_argument(
         "--document", type=Path, metavar="FILE", help="a UTF-8 text to talk about; /reset keeps it"
     )
