@@ -5,11 +5,13 @@ import torch
 
 from demo import selections
 from demo.evaluate import Score, interval, score, total
-from demo.quiz import CHECKPOINT, Question, Quiz, ask, load_tokenizer, make_quiz
+from demo.quiz import CHECKPOINT, MAX_ANSWER_TOKENS, Question, Quiz, ask, load_tokenizer, make_quiz
 from demo.selections import Recorder
+from kernels import reference
 from kernels.dispatch import Ops
 from kernels.layout import CacheLayout
 from kernels.rows import Rows
+from kernels.testing import SOFTMAX_SCALE, make_case
 from workers.config import EngineConfig
 from workers.engine import Engine
 from workers.start import make_engine
@@ -61,8 +63,37 @@ def test_random_tokens_are_visible_and_spread(rows: Rows) -> None:
     assert select(selections.at_random(0), rows) == select(selections.at_random(0), rows)
 
 
+def test_dense_reads_all_that_is_visible() -> None:
+    case, ops = make_case([300, 40], [3, 2]), selections.dense()
+    chosen = ops.select_tokens(case.index_q, case.index_weights, case.index_pages, case.rows, TOPK, LAYOUT)
+    out, _ = ops.sparse_mla(case.q, case.latent_pages, chosen, SOFTMAX_SCALE, LAYOUT)
+    for row, (request, length) in enumerate([(0, 298), (0, 299), (0, 300), (1, 39), (1, 40)]):
+        keys = reference.read_latents(case.latent_pages, case.slots_of(request, length), LAYOUT)
+        weights = (case.q[row] @ keys.T * SOFTMAX_SCALE).softmax(-1)
+        torch.testing.assert_close(out[row], weights @ keys[:, : LAYOUT.latent_dim], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("context", [40, 300])
+def test_the_recorder_keeps_what_the_indexer_selects(context: int) -> None:
+    case, recorder = make_case([context], [5]), Recorder()
+    inputs = (case.index_q, case.index_weights, case.index_pages, case.rows, TOPK, LAYOUT)
+    recorder.ops.select_tokens(*inputs)
+    assert recorder.taken == []
+    recorder.on = True
+    slots = recorder.ops.select_tokens(*inputs)
+    assert torch.equal(slots, reference.select_tokens(*inputs))
+    pages = case.rows.page_table[0].tolist()
+    expected = [
+        [pages.index(slot // 64) * 64 + slot % 64 if slot >= 0 else -1 for slot in row]
+        for row in slots.tolist()
+    ]
+    assert [taken.tolist() for taken in recorder.taken] == [expected]
+
+
 def engine(ops: Ops | None = None) -> Engine:
-    return make_engine(CHECKPOINT, EngineConfig(cache_bytes=8 * 2**20, max_context=1500), ops=ops)[0]
+    return make_engine(CHECKPOINT, EngineConfig(cache_bytes=8 * 2**20, max_context=1500, threads=1), ops=ops)[
+        0
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +109,9 @@ def test_questions_do_not_disturb_each_other(quiz: Quiz) -> None:
 
 def test_a_selection_of_everything_is_dense(quiz: Quiz) -> None:
     """Where no context is longer than top-k the indexer chooses nothing; beyond, dense attention reads more."""
-    short = Quiz(quiz.document[:30], quiz.questions)
+    short = Quiz(quiz.document[:8], quiz.questions)
+    longest = max(len(question.prompt) for question in short.questions)
+    assert len(short.document) + longest + MAX_ANSWER_TOKENS <= TOPK, "whatever is answered"
     assert ask(engine(selections.dense()), short) == ask(engine(), short)
     everywhere = Recorder()
     everywhere.on = True

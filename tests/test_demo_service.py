@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import math
 import re
 import signal
 import socket
@@ -28,25 +27,25 @@ from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.engine import Engine
 from workers.model_config import ModelConfig
+from workers.page_counts import PageCounts
 from workers.request import Request, SamplingParams
 from workers.start import make_engine
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 ROOT = Path(__file__).resolve().parent.parent
-SENTENCES, CANDIDATES = 54, 10
-# The terminal chat samples as generation_config.json says, with top_p 0.95: above that only one token is left to draw.
-SURE = math.log(0.97)
+SENTENCES, CANDIDATES = 54, 8
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A document, and two questions in one conversation about it that the model surely answers right."""
+    """A document, and two questions in one conversation about it that the model answers right."""
 
     document: str
     document_tokens: int
-    fact_pages: tuple[int, int]  # where the value ends that each question asks for
     questions: tuple[str, str]
     answers: tuple[str, str]
+    fact_page: int  # where the value ends that the first question asks for
+    selected_pages: list[list[int]]  # how often each layer selected each page for the first answer
 
     def messages(self) -> list[Message]:
         """The document and the first question."""
@@ -69,23 +68,23 @@ class _Plain:
     def __init__(self) -> None:
         self._tokenizer = Tokenizer(CHECKPOINT)
         self._library = load_tokenizer(CHECKPOINT)
-        self._engine: Engine = make_engine(CHECKPOINT, EngineConfig(cache_bytes=16 * 2**20))[0]
+        self._engine: Engine = make_engine(CHECKPOINT, EngineConfig(cache_bytes=16 * 2**20, threads=1))[0]
         self._numbers = itertools.count()
 
     def prompt(self, messages: list[Message]) -> list[int]:
         return self._tokenizer.encode(render(messages, thinking=False))
 
-    def sure_answer(self, messages: list[Message]) -> str | None:
-        """None where another token than the likeliest might be drawn."""
+    def answer(self, messages: list[Message]) -> tuple[str, list[list[int]]]:
+        """And how often each layer selected each page."""
         prompt = self.prompt(messages)
-        sampling = SamplingParams(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0, logprobs=0)
+        sampling = SamplingParams(max_tokens=MAX_ANSWER_TOKENS, temperature=0.0)
+        counts = PageCounts(len(prompt))
         name = str(next(self._numbers))
-        self._engine.add(Request(name, prompt, len(prompt), sampling, namespace=b"plain"))
-        written = []
+        request = Request(name, list(prompt), len(prompt), sampling, b"plain", page_counts=counts)
+        self._engine.add(request)
         while self._engine.has_work():
-            written += self._engine.step().results
-        logprobs = [result.logprobs.logprob for result in written if result.logprobs]
-        return self._library.decode([result.token for result in written]) if min(logprobs) > SURE else None
+            self._engine.step()
+        return self._library.decode(request.tokens[len(prompt) :]), counts.tolist()
 
 
 def _document(seed: int) -> tuple[str, int, list[_Fact]]:
@@ -106,34 +105,38 @@ def _document(seed: int) -> tuple[str, int, list[_Fact]]:
     facts = []
     for number, place in enumerate(written.places[0].tolist()):
         value_end = 1 + len(ids(written.sentences[0, : place + 1])) - 2  # BOS before it, a full stop after it
-        texts = (library.decode(ids(part[0, number])) for part in (written.questions, written.answers))
-        facts.append(_Fact(*texts, page=value_end // PAGE_SIZE))
+        question, answer = (
+            library.decode(ids(part[0, number])) for part in (written.questions, written.answers)
+        )
+        facts.append(_Fact(question, answer, page=value_end // PAGE_SIZE))
     document = ids(written.sentences[0])
     return library.decode(document), 1 + len(document), facts
 
 
-def _two_sure(plain: _Plain, seed: int) -> Asked | None:
+def _two_right(plain: _Plain, seed: int) -> Asked | None:
+    """The second question is asked after the answer to the first."""
     document, num_tokens, facts = _document(seed)
-    opening = [Message(role="system", content=document)]
-    alone = {fact: [*opening, Message(role="user", content=fact.question)] for fact in facts}
-    sure = [fact for fact in facts if plain.sure_answer(alone[fact]) == fact.answer]
-    for first, second in itertools.permutations(sure[:4], 2):
-        turns = [
-            *alone[first],
-            Message(role="assistant", content=first.answer),
-            Message(role="user", content=second.question),
-        ]
-        if plain.sure_answer(turns) == second.answer:
-            pages, questions = (first.page, second.page), (first.question, second.question)
-            return Asked(document, num_tokens, pages, questions, (first.answer, second.answer))
+    turns, right, counts = [Message(role="system", content=document)], [], []
+    for fact in facts:
+        asking = [*turns, Message(role="user", content=fact.question)]
+        answer, selected_pages = plain.answer(asking)
+        if answer != fact.answer:
+            continue
+        right.append(fact)
+        counts.append(selected_pages)
+        turns = [*asking, Message(role="assistant", content=fact.answer)]
+        if len(right) == 2:
+            first, second = right
+            questions, answers = (first.question, second.question), (first.answer, second.answer)
+            return Asked(document, num_tokens, questions, answers, first.page, counts[0])
     return None
 
 
 @pytest.fixture(scope="module")
 def asked() -> Asked:
     plain = _Plain()
-    found = next((found for seed in range(6) if (found := _two_sure(plain, seed))), None)
-    assert found, "the model answers nothing surely and right"
+    found = next((found for seed in range(3) if (found := _two_right(plain, seed))), None)
+    assert found, "the model answers too little right"
     assert 600 < found.document_tokens < 1000
     assert found.document_tokens > 5 * ModelConfig.load(CHECKPOINT).index_topk
     return found
@@ -187,7 +190,17 @@ def _as_json(messages: list[Message]) -> Any:
 def test_questions_in_the_terminal_are_answered_right(url: str, asked: Asked, tmp_path: Path) -> None:
     path = tmp_path / "document.txt"
     path.write_text(asked.document)
-    command = [sys.executable, "-m", "cluster.chat", "--url", url, "--document", str(path)]
+    command = [
+        sys.executable,
+        "-m",
+        "cluster.chat",
+        "--url",
+        url,
+        "--document",
+        str(path),
+        "--temperature",
+        "0",
+    ]
     for question in asked.questions:
         command += ["--ask", question]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
@@ -223,4 +236,5 @@ def test_the_page_with_the_fact_is_read(url: str, asked: Asked) -> None:
     counts = answer["debug"]["selected_pages"]
     rows = answer["usage"]["completion_tokens"] - 1  # the first token was written by the prefill worker
     assert [sum(of_layer) for of_layer in counts] == [rows * model.index_topk] * model.num_hidden_layers
-    assert any(of_layer[asked.fact_pages[0]] for of_layer in counts)
+    assert any(of_layer[asked.fact_page] for of_layer in counts)
+    assert counts == asked.selected_pages

@@ -14,14 +14,22 @@ from demo.attend import Dense
 from demo.documents import Writer
 from demo.export import tensors
 from demo.network import Network
-from demo.shape import CONFIG, FP8_CONFIG
+from demo.shape import CONFIG
 from demo.tokenizer import make_tokenizer
 from kernels.reference import dequantize_weight
-from workers.checkpoint import write_checkpoint
+from workers.checkpoint import QUANTIZATION_CONFIG, write_checkpoint
 from workers.config import EngineConfig
 from workers.model import load_model
 from workers.model_config import ModelConfig
 
+SMALL = CONFIG | {
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "kv_lora_rank": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+}
+MTP = "model.layers.2"
 LEARNERS = {"dense": "main", "warmup": "indexer", "sparse": "main indexer", "mtp": "mtp"}
 
 
@@ -37,6 +45,7 @@ class Clock:
 
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train, "CONFIG", SMALL)
     monkeypatch.setattr(stages, "BATCH_TOKENS", 300)
     monkeypatch.setattr(stages, "WARM_UP_ROWS", 16)
     for stage in stages.STAGES.values():
@@ -47,7 +56,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def part_of(name: str) -> str:
-    if name.startswith("model.layers.4."):
+    if name.startswith(f"{MTP}."):
         return "mtp"
     return "indexer" if "indexer" in name else "main"
 
@@ -60,7 +69,7 @@ def stored(run: train.Run, stage: str) -> dict[str, torch.Tensor]:
 def test_every_stage_trains_its_own_part_and_begins_with_the_one_before(tmp_path: Path) -> None:
     run = train.Run(tmp_path)
     torch.manual_seed(0)
-    before = Network(ModelConfig.from_json(CONFIG), "cpu").state_dict()
+    before = Network(ModelConfig.from_json(SMALL), "cpu").state_dict()
     for name, learners in LEARNERS.items():
         if name != "dense":
             before = stored(run, list(LEARNERS)[list(LEARNERS).index(name) - 1])
@@ -68,7 +77,6 @@ def test_every_stage_trains_its_own_part_and_begins_with_the_one_before(tmp_path
         after = stored(run, name)
         changed = {part_of(key) for key in after if not torch.equal(after[key], before[key])}
         assert changed == set(learners.split()), name
-    assert (tmp_path / "curve.jsonl").exists() or train.REPORT_STEPS > 3
 
 
 def test_a_stage_needs_the_one_before(tmp_path: Path) -> None:
@@ -100,12 +108,12 @@ def _steps(run: train.Run) -> int:
 
 def test_the_loss_falls() -> None:
     torch.manual_seed(0)
-    network = Network(ModelConfig.from_json(CONFIG), "cpu")
+    network = Network(ModelConfig.from_json(SMALL), "cpu")
     writer, generator = Writer(make_tokenizer(), "cpu"), torch.Generator().manual_seed(0)
     chats = writer.chats(writer.write(2, sentences=4, facts=2, questions=2, generator=generator), generator)
-    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
-    for _ in range(12):
+    for _ in range(16):
         outcome = stages.language_loss(network, chats, Dense())
         optimizer.zero_grad()
         outcome.loss.backward()
@@ -116,7 +124,7 @@ def test_the_loss_falls() -> None:
 
 def test_the_exported_checkpoint_is_the_network(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = Network(ModelConfig.from_json(CONFIG), "cpu")
+    network = Network(ModelConfig.from_json(SMALL), "cpu")
     exported = dict(tensors(network, "fp8"))
     for name, tensor in network.state_dict().items():
         if f"{name}_scale_inv" not in exported:
@@ -124,7 +132,9 @@ def test_the_exported_checkpoint_is_the_network(tmp_path: Path) -> None:
             continue
         back = dequantize_weight(exported[name], exported[f"{name}_scale_inv"])
         assert (back - tensor).norm() < 0.04 * tensor.norm(), name  # e4m3 has three bits after the point
-    write_checkpoint(tmp_path, FP8_CONFIG, make_tokenizer(), exported.items())
+    write_checkpoint(
+        tmp_path, SMALL | {"quantization_config": QUANTIZATION_CONFIG}, make_tokenizer(), exported.items()
+    )
     for precision in ("fp8", "fp32"):
         load_model(tmp_path, EngineConfig(precision=precision))  # strict: no tensor too many or too few
-    assert torch.equal(exported["lm_head.weight"], exported["model.layers.4.shared_head.head.weight"])
+    assert torch.equal(exported["lm_head.weight"], exported[f"{MTP}.shared_head.head.weight"])
