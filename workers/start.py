@@ -1,14 +1,14 @@
 """Puts a worker together: model, caches, engine, links, server. One function, the same for every process that runs one."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
+from workers.cpu_threads import use_threads
 from workers.decode import DecodeWorker
 from workers.engine import Engine
 from workers.model import load_model
@@ -56,7 +56,7 @@ def make_engine(model: Path, config: EngineConfig, *, ops: Ops | None = None) ->
     ops: other operators than those of the back end, for experiments
     """
     if config.threads is not None:
-        torch.set_num_threads(config.threads)
+        use_threads(config.threads)
     loaded = load_model(model, config, ops=ops)
     layout = loaded.config.cache_layout(config.precision == "fp8")
     num_layers = loaded.config.num_hidden_layers
@@ -93,7 +93,8 @@ def start_worker(
     secret: str,
 ) -> RunningWorker:
     """Loads the model and opens the worker's doors on `host`. Returns when it can serve."""
-    engine, cache = make_engine(model, engine_config)
+    with ThreadPoolExecutor(1) as loader:  # its OpenMP helpers end with it: see use_threads
+        engine, cache = loader.submit(make_engine, model, engine_config).result()
     server = WorkerServer(host=host, secret=secret)
     if role == "prefill":
         return _start_prefill(engine, cache, server, worker_id, epoch, secret)

@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from workers.cpu_threads import use_threads
 from workers.engine import Engine, StepOutput
 from workers.messages import Failed, Load, Submit, Update
 from workers.request import Request
@@ -102,6 +103,8 @@ class Worker:
         self._send(job, Failed(job.request.id, reason, retry))
 
     def _run(self) -> None:
+        if self.engine.config.threads is not None:
+            use_threads(self.engine.config.threads)
         try:
             while not self._stopping:
                 self._drain()

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from kernels.dispatch import select
+from workers.cpu_threads import use_threads
 from workers.messages import Ticket
 from workers.paged_cache import PagedCache
 from workers.shipping.counters import Counters
@@ -148,6 +149,7 @@ class Lane:
     # The lane thread.
 
     def _run(self) -> None:
+        use_threads(1)
         try:
             while not self._stopped:
                 self._inbox.get()()
