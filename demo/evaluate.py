@@ -194,7 +194,7 @@ def main() -> None:
         for tokens in arguments.lengths
     }
     torch.set_float32_matmul_precision("high")
-    scores: list[Score] = []
+    scores = [Score(**one) for path in arguments.add for one in json.loads(path.read_text())["scores"]]
     for way in arguments.ways:
         scores += evaluate(arguments.checkpoint, way, "fp8", quizzes, device=arguments.device)
     if arguments.fp32_checkpoint:
@@ -218,11 +218,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m demo.evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--fp32-checkpoint", type=Path, help="the same model before it was quantised")
-    parser.add_argument("--ways", nargs="+", choices=list(WAYS), default=list(WAYS))
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS), metavar="TOKENS")
     parser.add_argument("--documents", type=int, default=8, help="of each length")
     parser.add_argument("--questions", type=int, default=64, help="about each document")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--add", nargs="+", type=Path, default=[], metavar="JSON", help="scores to show too, from other runs"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="PNG")
     return parser.parse_args()
