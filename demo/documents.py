@@ -61,10 +61,14 @@ class Chats:
 class _Facts:
     """The F facts of each of B documents: `each` of a service, service after service, and room for services without facts.
 
-    first, second: [B, services and more], parts of names; attributes: [B, services and more, all]; values: [B, F]
+    The facts are about few or many of the attributes: `common` of them.
+
+    first, second: [B, services and more], parts of names; attributes: [B, services and more, all], the common ones first;
+    values: [B, F]
     """
 
     each: int
+    common: int
     services: int
     first: torch.Tensor
     second: torch.Tensor
@@ -167,10 +171,18 @@ class Writer:
         low = bits // 2
         first = draw.permutation(num, 2**NAME_BITS).gather(1, numbers >> low)
         second = draw.permutation(num, 2**NAME_BITS).gather(1, numbers & (2**low - 1))
-        attributes = draw.distinct(num * 2**bits, NUM_ATTRIBUTES).view(num, 2**bits, NUM_ATTRIBUTES)
+        # With few attributes many services have the same: then the name decides, also where there are few facts.
+        common = next(size for size in draw.shuffled(1, 2, 4, 8, 16, NUM_ATTRIBUTES) if size >= each)
+        attributes = self._attribute_rows(num, 2**bits, common, draw)
         used = attributes[:, :services, :each].flatten(1)
         values = self._value_begins[used] + draw.up_to(self._value_counts[used])
-        return _Facts(each, services, first, second, attributes, values)
+        return _Facts(each, common, services, first, second, attributes, values)
+
+    def _attribute_rows(self, num: int, services: int, common: int, draw: "_Draw") -> torch.Tensor:
+        """int64 [B, services, all]: each row the document's common attributes in some order, then the others."""
+        rare = torch.arange(common, NUM_ATTRIBUTES, device=self.device).expand(num, services, -1)
+        order = torch.cat((draw.distinct(num * services, common).view(num, services, common), rare), dim=-1)
+        return draw.permutation(num, NUM_ATTRIBUTES).gather(1, order.flatten(1)).view_as(order)
 
     def _sentences(self, known: _Facts, order: torch.Tensor, draw: "_Draw") -> torch.Tensor:
         """order [B, S]: the sentence in which each fact stands, then those of fillers."""
@@ -209,10 +221,7 @@ class Writer:
         no_service = draw.share(0.5, *shape)
         missing = asked == ABSENT
         service = torch.where(missing & no_service, known.services + draw.below(strangers, *shape), service)
-        unsaid = known.each + draw.below(NUM_ATTRIBUTES - known.each, *shape)
-        number = torch.where(
-            missing, torch.where(no_service, draw.below(NUM_ATTRIBUTES, *shape), unsaid), number
-        )
+        number = torch.where(missing, self._unsaid(known, no_service, draw), number)
         fields = self._columns(known, service, number, draw, other_number)
         answers, is_value = (
             self._answers.fill(asked, fields),
@@ -232,6 +241,13 @@ class Writer:
         questions = torch.where(noisy.unsqueeze(-1), widen(noise, width), questions)
         places = order.gather(1, fact).masked_fill(asked >= ABSENT, -1)
         return Documents(written, questions, answers, is_value & (answers != HOLE), asked, places)
+
+    def _unsaid(self, known: _Facts, no_service: torch.Tensor, draw: "_Draw") -> torch.Tensor:
+        """Numbers of attributes that are not said of a service, half of them of those common in the document."""
+        said = known.each * (~no_service).long()  # nothing is said of services that are not there
+        rare = draw.share(0.5, *no_service.shape) | (said == known.common)
+        end = torch.where(rare, NUM_ATTRIBUTES, known.common)
+        return said + draw.up_to(end - said)
 
     def _noise(self, shape: torch.Size, draw: "_Draw") -> torch.Tensor:
         tokens = self._first_plain + draw.below(self._vocab_size - self._first_plain, *shape, NOISE_TOKENS)

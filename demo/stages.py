@@ -44,7 +44,7 @@ LADDER = (
 )
 LEARNED = 0.1  # nats a value token, at the top of the ladder
 FACT_SHARES = (0.4, 0.7, 1.0)
-MAX_QUESTIONS = 256
+MAX_QUESTIONS = 512
 WARM_UP_ROWS = 1024  # of a batch
 BALANCE_SPEED = 2e-4
 
@@ -122,7 +122,8 @@ class DenseStage(Stage):
         return self._named(lambda name: not _of_mtp(self.network, name) and "indexer" not in name)
 
     def sentences(self, chooser: random.Random) -> int:
-        return self.longest if chooser.random() < 0.6 else LADDER[chooser.randint(0, self._rung)]
+        top_share = 0.6 if self.longest < LADDER[-1] else 0.25  # the longest cost many times what others do
+        return self.longest if chooser.random() < top_share else LADDER[chooser.randint(0, self._rung)]
 
     def learn(self, chats: Chats) -> Outcome:
         return language_loss(self.network, chats, Dense())
@@ -163,7 +164,7 @@ class SparseStage(Stage):
     """Everything but the MTP layer, over the indexer's selection; two losses whose gradients never meet."""
 
     lr, lr_end, ramp, hold = 4e-4, 0.03, 20, 0.3
-    lengths = (32, 128, 512, 2048, 4096, 8900)
+    lengths = (32, 128, 256, 512, 512, 1024, 1024, 2048, 2048, 4096, 8900)
 
     def learn(self, chats: Chats) -> Outcome:
         attend = Sparse(self.network.config.index_topk, chats.tokens.device)

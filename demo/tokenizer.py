@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from demo import words
 from workers.checkpoint import build_tokenizer
 
-VOCAB_SIZE = 1536
+VOCAB_SIZE = 1600
 _SENTENCES = 40_000
 
 _PATTERNS = (
