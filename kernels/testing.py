@@ -53,7 +53,7 @@ class Case:
         kept = torch.tensor(row_numbers, device=self.q.device)
         return replace(
             self,
-            rows=Rows(
+            rows=Rows.of(
                 tuple(itertools.accumulate((counts[request] for request in requests), initial=0)),
                 self.rows.positions[kept],
                 self.rows.page_table[requests],
@@ -95,7 +95,7 @@ def make_case(
         layout=layout,
         latent_pages=_nan_bytes(num_pages, PAGE_SIZE, layout.latent_row_bytes, device=device),
         index_pages=_nan_bytes(num_pages, layout.index_page_bytes, device=device),
-        rows=Rows(tuple(starts), torch.cat(positions).to(device), page_table.to(device)),
+        rows=Rows.of(tuple(starts), torch.cat(positions).to(device), page_table.to(device)),
         q=normal(total, heads, layout.latent_dim + layout.rope_dim),
         index_q=normal(total, index_heads, layout.index_dim),
         index_weights=normal(total, index_heads).float(),

@@ -24,7 +24,7 @@ TOPK = 64
 def rows() -> Rows:
     """Two requests, the last tokens of 300 and of 40, their pages scattered."""
     table = torch.tensor([[7, 2, 9, 4, 0], [5, -1, -1, -1, -1]], dtype=torch.int32)
-    return Rows((0, 3, 5), torch.tensor([297, 298, 299, 38, 39]), table)
+    return Rows.of((0, 3, 5), torch.tensor([297, 298, 299, 38, 39]), table)
 
 
 def positions(rows: Rows, slots: torch.Tensor) -> list[list[int]]:

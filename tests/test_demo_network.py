@@ -51,7 +51,7 @@ def served(network: Network, tokens: torch.Tensor, folder: Path) -> torch.Tensor
     logits = []
     for row in tokens:
         cache = PagedCache(model.layout, num_layers=SMALL["num_hidden_layers"], num_pages=pages, device="cpu")
-        rows = Rows((0, LENGTH), every, torch.arange(pages, dtype=torch.int32).view(1, -1))
+        rows = Rows.of((0, LENGTH), every, torch.arange(pages, dtype=torch.int32).view(1, -1))
         logits.append(model.forward(row, rows, every, cache, every))
     return torch.stack(logits)
 

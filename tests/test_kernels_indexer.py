@@ -83,7 +83,7 @@ def test_key_scale_and_q_scale_are_part_of_the_score() -> None:
     pages = torch.zeros(1, FP8.index_page_bytes, dtype=torch.uint8)
     keys = torch.full((2, 128), 3.0) * torch.tensor([[1.0], [1024.0]])
     write_index_keys(pages, torch.tensor([0, 1]), keys, FP8)
-    rows = Rows((0, 1), torch.tensor([1]), torch.tensor([[0]], dtype=torch.int32))
+    rows = Rows.of((0, 1), torch.tensor([1]), torch.tensor([[0]], dtype=torch.int32))
     q = torch.full((1, 2, 128), 5.0) * torch.tensor([1.0, 256.0]).view(1, 2, 1)
     scores = index_scores(q, torch.tensor([[1.0, -0.5]]), pages, rows, FP8)
     dot = 128 * 15.0

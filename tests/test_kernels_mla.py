@@ -184,7 +184,7 @@ def test_bits_of_a_dense_row_do_not_depend_on_the_batch(heads: int) -> None:
     case = make_case([1400, 500, 90], [40, 10, 20], heads=heads)
     positions = case.rows.positions.clone()
     positions[:20] = torch.arange(20) * 37
-    rows = Rows(case.rows.query_starts, positions, case.rows.page_table)
+    rows = Rows.of(case.rows.query_starts, positions, case.rows.page_table)
     out, lse = dense_mla(case.q, case.latent_pages, rows, SOFTMAX_SCALE, FP8)
     for row in range(0, 70, 9):
         part = case.only([row])

@@ -62,7 +62,7 @@ class Session:
         tokens = [token for request, span in spans.items() for token in self._prompts[request][slice(*span)]]
         logits = self._model.forward(
             torch.tensor(tokens),
-            Rows(tuple(starts), torch.cat(positions), self.table[list(spans)]),
+            Rows.of(tuple(starts), torch.cat(positions), self.table[list(spans)]),
             torch.cat([self.slots(request, span) for request, span in zip(spans, positions, strict=True)]),
             self.cache,
             torch.arange(len(tokens)),
@@ -112,7 +112,7 @@ def test_only_the_wanted_rows_have_logits(folder: Path) -> None:
     model = load_model(folder, EngineConfig())
     prompt = torch.randint(15, 512, (20,))
     cache = PagedCache(model.layout, num_layers=3, num_pages=1, device="cpu")
-    rows = Rows((0, 20), torch.arange(20), torch.zeros(1, 1, dtype=torch.int32))
+    rows = Rows.of((0, 20), torch.arange(20), torch.zeros(1, 1, dtype=torch.int32))
 
     def logits(*wanted: int) -> torch.Tensor:
         return model.forward(prompt, rows, torch.arange(20), cache, torch.tensor(wanted, dtype=torch.int64))

@@ -67,7 +67,7 @@ def run(
             positions.append(position)
             slots.append(table[index, position // 64].long() * 64 + position % 64)
             done[index] += count
-        rows = Rows(tuple(starts), torch.cat(positions), table[list(counts)])
+        rows = Rows.of(tuple(starts), torch.cat(positions), table[list(counts)])
         logits = model.forward(torch.tensor(tokens), rows, torch.cat(slots), cache, torch.arange(len(tokens)))
         for index, part in zip(counts, logits.split([*counts.values()]), strict=True):
             parts[index].append(part)
@@ -111,7 +111,7 @@ def test_greedy_decoding(model: Model, oracle: Oracle, tokens: list[int]) -> Non
     for _ in range(20):
         position = torch.arange(done, len(tokens))
         slots = table[0, position // 64].long() * 64 + position % 64
-        rows, last = Rows((0, len(position)), position, table), torch.tensor([len(position) - 1])
+        rows, last = Rows.of((0, len(position)), position, table), torch.tensor([len(position) - 1])
         logits.append(model.forward(torch.tensor(tokens[done:]), rows, slots, cache, last))
         done = len(tokens)
         tokens.append(int(logits[-1].argmax()))

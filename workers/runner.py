@@ -51,12 +51,12 @@ class Runner:
                 logits_rows.append(len(token_ids) - 1)
         position = torch.frombuffer(positions, dtype=torch.int64)
         table = page_table(batch)
-        owner = torch.repeat_interleave(torch.tensor([item.num_tokens for item in batch]))
-        slots = table[owner, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
+        rows = Rows.of(query_starts, position, table)
+        slots = table[rows.owners, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
         watch = SelectionWatch.of(batch, device)
         logits = self._model.forward(
             torch.frombuffer(token_ids, dtype=torch.int64).to(device),
-            Rows(tuple(query_starts), position.to(device), table.to(device)),
+            rows.to(device),
             slots.to(device),
             self._cache,
             torch.tensor(logits_rows, dtype=torch.int64, device=device),

@@ -94,8 +94,7 @@ def select_tokens(
             target = scores[:, own, : _num_groups(piece.length)]
             _score(chunk_q[own], chunk_weights[own], keys_of(piece), out=target)
         picks = top_k_in_blocks(scores.flatten(2), lengths[chunk], topk)
-        owners = [piece.request for piece in pieces for _ in range(piece.start, piece.end)]
-        selected[chunk] = _slots(picks, rows.page_table, owners)
+        selected[chunk] = _slots(picks, rows.page_table, rows.owners[chunk])
     return selected
 
 
@@ -198,8 +197,7 @@ def _score_tile(query: torch.Tensor, factor: torch.Tensor, keys: torch.Tensor, *
     torch.add(total, others[-1], out=out) if others else out.copy_(total)
 
 
-def _slots(picks: torch.Tensor, page_table: torch.Tensor, owners: list[int]) -> torch.Tensor:
+def _slots(picks: torch.Tensor, page_table: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
     """Positions int32 [t, topk] -> physical slots of the request that owns each row; -1 stays."""
-    owner = torch.tensor(owners, device=picks.device).unsqueeze(1)
-    pages = page_table[owner, picks.clamp(min=0) // PAGE_SIZE]
+    pages = page_table[owners.unsqueeze(1), picks.clamp(min=0) // PAGE_SIZE]
     return (pages * PAGE_SIZE + picks % PAGE_SIZE).masked_fill_(picks < 0, -1)
