@@ -108,14 +108,14 @@ class WorkerReplica:
         if self._pending.done():
             events = self._pending.result()
             reset = self._sequence == 0
-            self._pending = self._running.worker.ask(self._running.worker.engine.pool.drain_events)
+            self._pending = self._running.worker.ask(self._running.worker.engine.pools.drain_events)
         if self._sequence or reset:
             self._sequence += 1
         answer: str = self._call("report", self._id, self._epoch, self._sequence, *events, reset)
         return answer
 
     def _everything(self) -> CacheEvents:
-        pool = self._running.worker.engine.pool
+        pool = self._running.worker.engine.pools
         pool.drain_events()
         return CacheEvents(pool.published(), [])
 

@@ -276,4 +276,4 @@ def test_aborts_at_any_moment_return_every_page(cluster: Cluster) -> None:
     cluster.run(work)
     for running in cluster.all:
         assert not running.worker.jobs
-        running.worker.ask(running.worker.engine.pool.check).result(timeout=5)
+        running.worker.ask(running.worker.engine.pools.check).result(timeout=5)

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
+from workers.cache_rows import CacheRows
+from workers.group import Group
 from workers.model_config import ModelConfig
 from workers.rope import Rope, rotate_halves, rotate_neighbours
 from workers.weights import Weights
@@ -32,24 +34,18 @@ class Indexer:
         self._weights = weights.table("weights_proj", config.index_n_heads, config.hidden_size, torch.float32)
         self._weight_scale = 1 / math.sqrt(config.index_n_heads * config.index_head_dim)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        rope: Rope,
-        rows: Rows,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
+    def write(self, key: torch.Tensor, rope: Rope, slots: torch.Tensor, pages: torch.Tensor) -> None:
+        """key [T, dim] as projected."""
+        rotated = self._rotate(self._key_norm(key).unsqueeze(1), rope).squeeze(1)
+        self._ops.write_index_keys(pages, slots, rotated, self._layout)
+
+    def select(
+        self, x: torch.Tensor, query: torch.Tensor, rope: Rope, rows: Rows, pages: torch.Tensor
     ) -> torch.Tensor:
-        """x [T, D], query [T, heads x dim] and key [T, dim] as projected -> slots int32 [T, topk] by position, -1 padded."""
-        heads = query.unflatten(-1, (-1, self._config.index_head_dim))
-        rotated = self._rotate(torch.cat((heads, self._key_norm(key).unsqueeze(1)), dim=1), rope)
-        self._ops.write_index_keys(pages, slots, rotated[:, -1], self._layout)
+        """x [T, D], query [T, heads x dim] as projected -> slots int32 [T, topk] by position, -1 padded."""
+        rotated = self._rotate(query.unflatten(-1, (-1, self._config.index_head_dim)), rope)
         weights = self._ops.linear(x.float(), self._weights) * self._weight_scale
-        return self._ops.select_tokens(
-            rotated[:, :-1], weights, pages, rows, self._config.index_topk, self._layout
-        )
+        return self._ops.select_tokens(rotated, weights, pages, rows, self._config.index_topk, self._layout)
 
     def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """[T, heads, dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
@@ -68,6 +64,7 @@ class Attention:
         *,
         layout: CacheLayout,
         absorbed: bool,
+        group: Group,
     ) -> None:
         heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
         self._config = config
@@ -93,6 +90,7 @@ class Attention:
         self._attend = (Absorbed if absorbed else Unabsorbed)(config, weights, layout)
         self._out = weights.linear("o_proj", hidden, heads * config.v_head_dim)
         self._indexer = Indexer(config, weights.at("indexer"), layout)
+        self._cache_rows = CacheRows(layout, group)
 
     def __call__(
         self,
@@ -107,15 +105,19 @@ class Attention:
         """x [T, D], slots int64 [T] (where each row's caches go) -> [T, D]. `on_selected` is shown the indexer's slots."""
         config = self._config
         query_latent, index_key, cached = self._down(x)
+        latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
+        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
+        self._indexer.write(index_key, rope, slots, index_pages)
+        # The rows of other ranks arrive while the queries are made.
+        sharing = self._cache_rows.share(latent_pages, index_pages, slots)
         query, index_query = self._up(self._query_norm(query_latent))
         query_nope, query_pe = query.unflatten(-1, (-1, config.qk_head_dim)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
         query_pe = rotate_neighbours(query_pe, *rope)
-        latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
-        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
-        selected = self._indexer(x, index_query, index_key, rope, rows, slots, index_pages)
+        self._cache_rows.finish(sharing, latent_pages, index_pages)
+        selected = self._indexer.select(x, index_query, rope, rows, index_pages)
         if on_selected is not None:
             on_selected(selected)
         out = self._attend(query_nope, query_pe, rows, latent_pages, selected)

@@ -99,7 +99,7 @@ class DecodeWorker(Worker):
             num_resident = request.num_computed_tokens
             parts = 2 * self._cache.latent.shape[0]  # latents and index keys of every layer
             job.missing = dict.fromkeys(range(num_resident // PAGE_SIZE, len(request.pages)), parts)
-            generations = [self.engine.pool.generation(page) for page in request.pages]
+            generations = [self.engine.pools[0].generation(page) for page in request.pages]
             ticket = Ticket(self.id, self.epoch, request.id, list(request.pages), generations, num_resident)
             self._send(job, Ticketed(request.id, ticket))
 
@@ -112,7 +112,7 @@ class DecodeWorker(Worker):
             shipment.refuse("pages that the ticket does not name, or that have landed already")
             return
         reason = verify_and_write(
-            shipment, self._cache, generation_of=self.engine.pool.generation, epoch=self.epoch
+            shipment, self._cache, generation_of=self.engine.pools[0].generation, epoch=self.epoch
         )
         if reason is not None:
             shipment.refuse(reason)

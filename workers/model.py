@@ -15,6 +15,7 @@ from kernels.layout import CacheLayout
 from kernels.rows import Rows
 from workers.attention import Attention
 from workers.config import EngineConfig
+from workers.group import ALONE, Group
 from workers.layers import MLP, RMSNorm
 from workers.model_config import ModelConfig
 from workers.moe import MoE
@@ -50,19 +51,27 @@ class Layer:
 
 
 class Model:
-    """One rank's whole model.
+    """One rank's model: everything but the experts of other ranks.
 
     layout: the caches it reads and writes
     dtype:  of activations between layers
     """
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, *, layout: CacheLayout, absorbed: bool, device: str
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        *,
+        layout: CacheLayout,
+        absorbed: bool,
+        device: str,
+        group: Group = ALONE,
     ) -> None:
         self.config = config
         self.layout = layout
         self.dtype = weights.dtype
         self.device = device
+        self._group = group
         self._ops = weights.ops
         body = weights.at("model")
         self._rope_table = RopeTable(
@@ -74,7 +83,7 @@ class Model:
         )
         self._embedding = body.table("embed_tokens", config.vocab_size, config.hidden_size, self.dtype)
         self._layers = [
-            _load_layer(config, body, number, layout=layout, absorbed=absorbed)
+            _load_layer(config, body, number, layout=layout, absorbed=absorbed, group=group)
             for number in range(config.num_hidden_layers)
         ]
         self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
@@ -96,7 +105,7 @@ class Model:
         slots:       int64 [T], physical page x 64 + offset: where each row's caches go
         logits_rows: int64 [S], the rows whose logits are wanted
         on_selected: called layer after layer with the slots that the indexer selected, int32 [T, topk], -1 padded
-        Returns fp32 [S, vocab_size].
+        Returns fp32 [S, vocab_size]; of several ranks, the first has the logits of all, rank after rank, the others none.
         """
         x = self._embedding[token_ids]
         residual = torch.zeros_like(x)
@@ -104,6 +113,10 @@ class Model:
         for layer, latent_pages, index_pages in zip(self._layers, cache.latent, cache.index, strict=True):
             x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
+        if len(x):
+            x = self._group.all_gather(x).wait()
+        if self._group.rank:
+            x = x[:0]
         return self._ops.linear(x.float(), self._head)
 
 
@@ -114,14 +127,15 @@ def _load_layer(
     *,
     layout: CacheLayout,
     absorbed: bool,
+    group: Group,
 ) -> Layer:
     layer = weights.at(f"layers.{number}")
     mlp = layer.at("mlp")
     return Layer(
         attention_norm=layer.rms_norm("input_layernorm", config.hidden_size, config.rms_norm_eps),
-        attention=Attention(config, layer.at("self_attn"), layout=layout, absorbed=absorbed),
+        attention=Attention(config, layer.at("self_attn"), layout=layout, absorbed=absorbed, group=group),
         mlp_norm=layer.rms_norm("post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
-        mlp=MoE(config, mlp)
+        mlp=MoE(config, mlp, group)
         if config.is_moe(number)
         else mlp.mlp(config.hidden_size, config.intermediate_size),
     )
@@ -133,8 +147,10 @@ def load_model(
     *,
     ops: Ops | None = None,
     progress: Progress | None = None,
+    group: Group = ALONE,
 ) -> Model:
-    """Reads a Hugging Face checkpoint folder. `ops`: other operators than those of the back end.
+    """Reads a Hugging Face checkpoint folder. `ops`: other operators than those of the back end. `group`: the ranks that share
+    the model; the experts of the others are not read.
 
     `progress` is called with (tensors read, tensors in all). On device "meta" nothing but the files' headers is read, to see
     whether every tensor is there in its right shape. Raises ValueError for a config that is not supported and
@@ -163,6 +179,7 @@ def load_model(
             layout=config.cache_layout(quantized=engine_config.precision == "fp8"),
             absorbed=engine_config.attention == "absorbed",
             device=engine_config.device,
+            group=group,
         )
         checkpoint.finish()
     return model

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 import torch
 
 from kernels.dispatch import Ops
+from workers.group import Group
 from workers.layers import sigmoid
 from workers.model_config import ModelConfig
+from workers.shares import expert_blocks, experts_of
 from workers.weights import Weights
 
 
@@ -46,30 +48,65 @@ def _best(scores: torch.Tensor, count: int) -> torch.Tensor:
 
 
 class MoE:
-    """x [T, D] -> [T, D]. A token's routed experts are added up in fp32, best choice first, on top of the shared expert."""
+    """x [T, D] -> [T, D]: the shared expert plus a token's routed experts, added up in fp32 in the order of `expert_blocks`.
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    The experts are spread over the ranks of the group. Every rank runs its own on the tokens of all, and what it has added
+    up goes back to the rank that owns the token. Both ways overlap with what needs no other rank.
+    """
+
+    def __init__(self, config: ModelConfig, weights: Weights, group: Group) -> None:
         size, experts = config.moe_intermediate_size, config.n_routed_experts
+        self._group = group
+        self._own = experts_of(group.rank, group.size, experts)
+        self._num_blocks = expert_blocks(experts) // group.size
         self.gate = Gate(
             weight=weights.table("gate", experts, config.hidden_size, torch.float32),
             bias=weights.vector("gate.e_score_correction_bias", experts),
             config=config,
             ops=weights.ops,
         )
-        self.experts = [
-            weights.at(f"experts.{expert}").mlp(config.hidden_size, size) for expert in range(experts)
-        ]
+        self.experts = [weights.at(f"experts.{expert}").mlp(config.hidden_size, size) for expert in self._own]
+        for expert in set(range(experts)) - set(self._own):
+            weights.at(f"experts.{expert}").leave()
         self.shared = weights.at("shared_experts").mlp(config.hidden_size, size * config.n_shared_experts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        rows = self._group.all_gather(x)
         experts, weights = self.gate(x)
-        picks = experts.shape[1]
-        order = experts.flatten().argsort()  # picks of all tokens, expert after expert
-        counts = experts.flatten().bincount(minlength=len(self.experts)).tolist()
+        all_experts, all_weights = self._group.all_gather(experts), self._group.all_gather(weights)
+        routed = self._routed(rows.wait(), all_experts.wait(), all_weights.wait())
+        parts = self._group.all_to_all(routed)
+        shared = self.shared(x).float()
+        total = add_in_pairs(parts.wait().unflatten(0, (self._group.size, -1)))
+        return (shared + total).to(x.dtype)
+
+    def _routed(self, x: torch.Tensor, experts: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, D]: what this rank's experts add to each token."""
+        picks, mine = experts.shape[1], experts.flatten() - self._own.start
+        mine = mine.masked_fill((mine < 0) | (mine >= len(self._own)), len(self._own))
+        order = mine.argsort(
+            stable=True
+        )  # picks of all tokens, expert after expert, those of other ranks last
+        counts = mine.bincount(minlength=len(self._own) + 1).tolist()[:-1]
+        order = order[: sum(counts)]
+        sums = x.new_zeros(self._num_blocks, *x.shape, dtype=torch.float32)
         parts = zip(self.experts, x[order // picks].split(counts), strict=True)
-        routed = torch.cat([expert(part) for expert, part in parts if len(part)])
-        by_token = torch.empty_like(routed).index_copy_(0, order, routed).unflatten(0, (-1, picks))
-        total = self.shared(x).float()
+        outputs = [expert(part) for expert, part in parts if len(part)]
+        if not outputs:
+            return add_in_pairs(sums)
+        by_pick = x.new_zeros(experts.numel(), x.shape[1]).index_copy_(0, order, torch.cat(outputs))
+        by_pick = by_pick.unflatten(0, (-1, picks))
+        block = mine.view(-1, picks) // (len(self._own) // self._num_blocks)
+        token = torch.arange(len(x), device=x.device)
         for pick in range(picks):
-            total += by_token[:, pick].float() * weights[:, pick, None]
-        return total.to(x.dtype)
+            here = block[:, pick] < self._num_blocks
+            where = (block[here, pick], token[here])
+            sums[where] += by_pick[here, pick].float() * weights[here, pick, None]
+        return add_in_pairs(sums)
+
+
+def add_in_pairs(x: torch.Tensor) -> torch.Tensor:
+    """[2^n, ...] -> [...]: neighbours first, so that the sum of a half is the sum it would be alone."""
+    while len(x) > 1:
+        x = x[0::2] + x[1::2]
+    return x[0]

@@ -38,8 +38,11 @@ class Runner:
         self._model = model
         self._cache = cache
 
-    def run(self, plan: Plan) -> torch.Tensor:
-        """fp32 [S, V]: the logits of the last row of each request that catches up, in the order of plan.sampling."""
+    def run(self, plan: Plan, on_selected: Callable[[torch.Tensor], None] | None = None) -> torch.Tensor:
+        """fp32 [S, V]: the logits of the last row of each request that catches up, in the order of plan.sampling.
+
+        on_selected: gets what the model shows of each layer, instead of the requests that want their pages counted
+        """
         batch, device = plan.scheduled, self._model.device
         token_ids, positions = array("q"), array("q")
         query_starts, logits_rows = [0], []
@@ -49,22 +52,29 @@ class Runner:
             query_starts.append(len(token_ids))
             if item.samples:
                 logits_rows.append(len(token_ids) - 1)
+        logits_rows += [0] * (plan.num_logits - len(logits_rows))
         position = torch.frombuffer(positions, dtype=torch.int64)
         table = page_table(batch)
         rows = Rows.of(query_starts, position, table)
         slots = table[rows.owners, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
-        watch = SelectionWatch.of(batch, device)
+        watch = None if on_selected else SelectionWatch.of(batch, device)
         logits = self._model.forward(
             torch.frombuffer(token_ids, dtype=torch.int64).to(device),
             rows.to(device),
             slots.to(device),
             self._cache,
             torch.tensor(logits_rows, dtype=torch.int64, device=device),
-            watch.take if watch else None,
+            watch.take if watch else on_selected,
         )
         if watch:
             watch.add_up()
         return logits
+
+    def check(self) -> None:
+        """This rank alone can always go on."""
+
+    def close(self) -> None:
+        """Nothing computes elsewhere."""
 
 
 def page_table(batch: list[Scheduled]) -> torch.Tensor:

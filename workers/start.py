@@ -10,13 +10,14 @@ from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.cpu_threads import use_threads
 from workers.decode import DecodeWorker
-from workers.engine import Engine
-from workers.model import load_model
-from workers.paged_cache import PagedCache, num_pages_for
+from workers.engine import Engine, Runs
+from workers.paged_cache import PagedCache
 from workers.prefill import PrefillWorker
+from workers.ranks.leader import Followers
+from workers.ranks.runner import RankedRunner
 from workers.request import Request, SamplingParams
-from workers.runner import Runner
 from workers.server import WorkerServer
+from workers.shard import Shard, config_of, load_shard
 from workers.shipping.receiver import Landing
 from workers.shipping.sender import Shipper
 from workers.worker import Worker
@@ -48,29 +49,47 @@ class RunningWorker:
         self.server.stop()
         self.worker.stop()
         self.links.close()
+        self.worker.engine.close()
 
 
-def make_engine(model: Path, config: EngineConfig, *, ops: Ops | None = None) -> tuple[Engine, PagedCache]:
-    """An engine with its caches allocated and its operators warm. Raises CheckpointError or ValueError.
+def make_engine(
+    model: Path, config: EngineConfig, *, ops: Ops | None = None, role: Role = "prefill"
+) -> tuple[Engine, PagedCache]:
+    """An engine with its caches allocated and its operators warm. Raises CheckpointError, RankLost or ValueError.
 
-    ops: other operators than those of the back end, for experiments
+    ops:  other operators than those of the back end, for experiments with one rank
+    role: what several ranks share, the rows of prompts or requests
     """
     if config.threads is not None:
         use_threads(config.threads)
-    loaded = load_model(model, config, ops=ops)
-    layout = loaded.config.cache_layout(config.precision == "fp8")
-    num_layers = loaded.config.num_hidden_layers
-    num_pages = num_pages_for(config.cache_bytes, layout, num_layers)
-    cache = PagedCache(layout, num_layers=num_layers, num_pages=num_pages, device=config.device)
+    runner, shard = _make_ranks(model, config, role) if config.ranks > 1 else _make_rank(model, config, ops)
+    loaded = shard.model.config
     engine = Engine(
-        Runner(loaded, cache),
-        num_pages=num_pages,
+        runner,
+        num_pages=shard.num_pages,
+        num_pools=config.ranks if role == "decode" else 1,
         config=config,
-        eos_token_ids=loaded.config.eos_token_ids,
-        max_context=min(config.max_context or loaded.config.max_position_embeddings, num_pages * PAGE_SIZE),
+        eos_token_ids=loaded.eos_token_ids,
+        max_context=min(config.max_context or loaded.max_position_embeddings, shard.num_pages * PAGE_SIZE),
     )
     _warm(engine)
-    return engine, cache
+    return engine, shard.cache
+
+
+def _make_rank(model: Path, config: EngineConfig, ops: Ops | None) -> tuple[Runs, Shard]:
+    shard = load_shard(model, config, ops=ops)
+    return shard.runner, shard
+
+
+def _make_ranks(model: Path, config: EngineConfig, role: Role) -> tuple[Runs, Shard]:
+    followers = Followers(model, config, shares_rows=role == "prefill")
+    try:
+        shard = load_shard(model, config_of(config, 0), followers.group)
+        followers.wait_until_loaded()
+    except BaseException:
+        followers.close()
+        raise
+    return RankedRunner(shard, followers), shard
 
 
 def _warm(engine: Engine) -> None:
@@ -94,7 +113,7 @@ def start_worker(
 ) -> RunningWorker:
     """Loads the model and opens the worker's doors on `host`. Returns when it can serve."""
     with ThreadPoolExecutor(1) as loader:  # its OpenMP helpers end with it: see use_threads
-        engine, cache = loader.submit(make_engine, model, engine_config).result()
+        engine, cache = loader.submit(make_engine, model, engine_config, role=role).result()
     server = WorkerServer(host=host, secret=secret)
     if role == "prefill":
         return _start_prefill(engine, cache, server, worker_id, epoch, secret)

@@ -94,6 +94,11 @@ class Checkpoint:
             self._progress(self._num_tensors - len(self._waiting), self._num_tensors)
         return tensor
 
+    def leave(self, prefix: str) -> None:
+        """The tensors of this prefix are another rank's."""
+        for name in [name for name in self._waiting if name.startswith(prefix)]:
+            del self._waiting[name]
+
     def finish(self) -> None:
         """CheckpointError if a tensor was not taken: the files hold another model than the config says."""
         if self._waiting:
@@ -164,6 +169,10 @@ class Weights:
 
     def at(self, name: str) -> "Weights":
         return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def leave(self) -> None:
+        """Reads nothing of what is here: another rank does."""
+        self.checkpoint.leave(self.prefix)
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """fp32 [size]."""
