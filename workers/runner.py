@@ -1,4 +1,7 @@
-"""A plan as tensors: token ids, positions, slots, page table; and one call of the model. Knows nothing of policy."""
+"""A plan as tensors: token ids, positions, slots, page table; and one call of the model. Knows nothing of policy.
+
+On a GPU nothing here waits for the step it starts. A decode step replays a graph; any other is at most one step ahead of the device.
+"""
 
 from array import array
 from collections.abc import Callable
@@ -8,6 +11,7 @@ import torch
 
 from kernels.layout import PAGE_SIZE
 from kernels.rows import Rows
+from workers.graphs import DecodeGraphs
 from workers.page_counts import SelectionWatch
 from workers.scheduler import Plan, Scheduled
 
@@ -34,15 +38,25 @@ class Model(Protocol):
 class Runner:
     """`cache` is the model's own: it is passed on and never looked into."""
 
-    def __init__(self, model: Model, cache: Any) -> None:
+    def __init__(self, model: Model, cache: Any, graphs: DecodeGraphs | None = None) -> None:
         self._model = model
         self._cache = cache
+        self._graphs = graphs
+        self._before: torch.cuda.Event | None = None  # the end of the last step that was not a graph's
 
     def run(self, plan: Plan) -> torch.Tensor:
         """fp32 [S, V]: the logits of the last row of each request that catches up, in the order of plan.sampling."""
-        batch, device = plan.scheduled, self._model.device
+        if self._graphs is not None and self._graphs.takes(plan.scheduled):
+            return self._graphs.run(plan.scheduled)
+        logits = self._run_eagerly(plan.scheduled)
+        if logits.is_cuda:
+            self._pace()
+        return logits
+
+    def _run_eagerly(self, batch: list[Scheduled]) -> torch.Tensor:
+        device = self._model.device
         token_ids, positions = array("q"), array("q")
-        query_starts, logits_rows = [0], []
+        query_starts, logits_rows = [0], array("q")
         for item in batch:
             token_ids.fromlist(item.request.tokens[item.start : item.end])
             positions.extend(range(item.start, item.end))
@@ -53,18 +67,37 @@ class Runner:
         table = page_table(batch)
         rows = Rows.of(query_starts, position, table)
         slots = table[rows.owners, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
+        wanted = torch.tensor(logits_rows, dtype=torch.int64)
+        on_device = to_device(
+            [torch.frombuffer(token_ids, dtype=torch.int64), slots, wanted, rows.owners, position, table],
+            device,
+        )
         watch = SelectionWatch.of(batch, device)
         logits = self._model.forward(
-            torch.frombuffer(token_ids, dtype=torch.int64).to(device),
-            rows.to(device),
-            slots.to(device),
+            on_device[0],
+            Rows(rows.query_starts, *on_device[3:]),
+            on_device[1],
             self._cache,
-            torch.tensor(logits_rows, dtype=torch.int64, device=device),
+            on_device[2],
             watch.take if watch else None,
         )
         if watch:
             watch.add_up()
         return logits
+
+    def _pace(self) -> None:
+        """Waits for the step before this one. Otherwise a long prompt would be planned, and timed, far ahead of the device."""
+        if self._before is not None:
+            self._before.synchronize()
+        self._before = torch.cuda.Event()
+        self._before.record()
+
+
+def to_device(tensors: list[torch.Tensor], device: str) -> list[torch.Tensor]:
+    """Host tensors on the device, without waiting: pinned memory stays untouched until its copy is done."""
+    if not device.startswith("cuda"):
+        return [tensor.to(device) for tensor in tensors]
+    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def page_table(batch: list[Scheduled]) -> torch.Tensor:

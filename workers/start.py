@@ -5,13 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
+from workers import memory
 from workers.config import EngineConfig
 from workers.cpu_threads import use_threads
 from workers.decode import DecodeWorker
 from workers.engine import Engine
-from workers.model import load_model
+from workers.graphs import DecodeGraphs
+from workers.model import Model, load_model
 from workers.paged_cache import PagedCache, num_pages_for
 from workers.prefill import PrefillWorker
 from workers.request import Request, SamplingParams
@@ -58,28 +62,62 @@ def make_engine(model: Path, config: EngineConfig, *, ops: Ops | None = None) ->
     if config.threads is not None:
         use_threads(config.threads)
     loaded = load_model(model, config, ops=ops)
-    layout = loaded.config.cache_layout(config.precision == "fp8")
+    on_gpu = config.device.startswith("cuda")
     num_layers = loaded.config.num_hidden_layers
-    num_pages = num_pages_for(config.cache_bytes, layout, num_layers)
-    cache = PagedCache(layout, num_layers=num_layers, num_pages=num_pages, device=config.device)
+    num_pages = _num_pages(loaded, config)
+    max_context = min(config.max_context or loaded.config.max_position_embeddings, num_pages * PAGE_SIZE)
+    # The last page of a GPU's cache is nobody's: surplus rows of a graph write there.
+    cache = PagedCache(
+        loaded.layout, num_layers=num_layers, num_pages=num_pages + on_gpu, device=config.device
+    )
+    graphs = (
+        DecodeGraphs(loaded, cache, max_rows=config.max_running, max_context=max_context) if on_gpu else None
+    )
     engine = Engine(
-        Runner(loaded, cache),
+        Runner(loaded, cache, graphs),
         num_pages=num_pages,
         config=config,
         eos_token_ids=loaded.config.eos_token_ids,
-        max_context=min(config.max_context or loaded.config.max_position_embeddings, num_pages * PAGE_SIZE),
+        max_context=max_context,
     )
-    _warm(engine)
+    _warm(engine, loaded.config.index_topk if on_gpu else 0)
+    if graphs is not None:
+        graphs.capture()
+        _warm(engine, 0)
     return engine, cache
 
 
-def _warm(engine: Engine) -> None:
-    """One real prompt and one decode step, so that the first request finds everything loaded."""
-    tokens = [2 + i % 7 for i in range(PAGE_SIZE + 1)]
-    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-    engine.add(Request("warm-up", tokens, len(tokens), sampling, namespace=b"warm-up"))
-    while engine.has_work():
-        engine.step()
+def _num_pages(model: Model, config: EngineConfig) -> int:
+    """ValueError if there is no room for them."""
+    if config.device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        free_bytes, _ = torch.cuda.mem_get_info(config.device)
+        weight_bytes = torch.cuda.memory_allocated(config.device)
+        return memory.num_pages(free_bytes, model.config, config, model.layout, weight_bytes)
+    if config.cache_bytes is None:
+        raise ValueError("cache_bytes is null, all the memory that a GPU has left: on a CPU it must be set")
+    return num_pages_for(config.cache_bytes, model.layout, model.config.num_hidden_layers)
+
+
+def _warm(engine: Engine, sparse_from: int) -> None:
+    """Real prompts and decode steps, so that the first request finds everything loaded, compiled and tried.
+
+    sparse_from: also prompts of more tokens than that, which are not attended to as shorter ones are; as many as a step takes
+    """
+    lengths = {PAGE_SIZE + 1}
+    if sparse_from:
+        lengths |= {sparse_from + 1, engine.config.max_batched_tokens}
+    for number, length in enumerate(sorted(lengths)):
+        tokens = [2 + (i + number) % 7 for i in range(length)]
+        sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        request = Request(f"warm-up-{number}", tokens, len(tokens), sampling, namespace=b"warm-up")
+        try:
+            engine.check_fits(request)
+        except ValueError:
+            continue  # then no request is so long
+        engine.add(request)
+        while engine.has_work():
+            engine.step()
 
 
 def start_worker(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import msgspec
 import torch
@@ -29,6 +29,14 @@ _DTYPES = {
     "F32": torch.float32,
 }  # safetensors' names; others are refused
 _FLOATS = (torch.bfloat16, torch.float32)
+
+
+class Source(Protocol):
+    """Where tensors come from, each once. folder: for messages."""
+
+    folder: Path
+
+    def take(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor: ...
 
 
 class CheckpointError(ValueError):
@@ -155,7 +163,7 @@ class Weights:
     quantized: whether config.json announces FP8 matrices at all.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     ops: Ops
     precision: Literal["fp8", "fp32"]
     dtype: torch.dtype
