@@ -11,6 +11,7 @@ import torch
 
 from kernels.layout import PAGE_SIZE
 from kernels.rows import Rows
+from workers.device import to_device
 from workers.graphs import DecodeGraphs
 from workers.page_counts import SelectionWatch
 from workers.scheduler import Plan, Scheduled
@@ -67,18 +68,18 @@ class Runner:
         table = page_table(batch)
         rows = Rows.of(query_starts, position, table)
         slots = table[rows.owners, position // PAGE_SIZE].long() * PAGE_SIZE + position % PAGE_SIZE
-        wanted = torch.tensor(logits_rows, dtype=torch.int64)
-        on_device = to_device(
-            [torch.frombuffer(token_ids, dtype=torch.int64), slots, wanted, rows.owners, position, table],
-            device,
-        )
         watch = SelectionWatch.of(batch, device)
         logits = self._model.forward(
-            on_device[0],
-            Rows(rows.query_starts, *on_device[3:]),
-            on_device[1],
+            to_device(torch.frombuffer(token_ids, dtype=torch.int64), device),
+            Rows(
+                rows.query_starts,
+                to_device(rows.owners, device),
+                to_device(position, device),
+                to_device(table, device),
+            ),
+            to_device(slots, device),
             self._cache,
-            on_device[2],
+            to_device(torch.tensor(logits_rows, dtype=torch.int64), device),
             watch.take if watch else None,
         )
         if watch:
@@ -91,13 +92,6 @@ class Runner:
             self._before.synchronize()
         self._before = torch.cuda.Event()
         self._before.record()
-
-
-def to_device(tensors: list[torch.Tensor], device: str) -> list[torch.Tensor]:
-    """Host tensors on the device, without waiting: pinned memory stays untouched until its copy is done."""
-    if not device.startswith("cuda"):
-        return [tensor.to(device) for tensor in tensors]
-    return [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
 
 
 def page_table(batch: list[Scheduled]) -> torch.Tensor:
