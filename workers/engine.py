@@ -46,6 +46,9 @@ class Runs(Protocol):
     def run(self, plan: Plan) -> torch.Tensor:
         """fp32 [S, V]: the logits of the last row of each request of plan.sampling."""
 
+    def record(self) -> None:
+        """Records what can be replayed later, once everything is loaded."""
+
     def check(self) -> None:
         """Raises if no step can be computed any more."""
 

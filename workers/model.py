@@ -21,6 +21,7 @@ from workers.model_config import ModelConfig
 from workers.moe import MoE
 from workers.paged_cache import PagedCache
 from workers.rope import Rope, RopeTable
+from workers.slice import RandomWeights
 from workers.weights import Checkpoint, Progress, Weights
 
 
@@ -55,6 +56,7 @@ class Model:
 
     layout: the caches it reads and writes
     dtype:  of activations between layers
+    layers: as many as there are caches
     """
 
     def __init__(
@@ -82,7 +84,7 @@ class Model:
             device=device,
         )
         self._embedding = body.table("embed_tokens", config.vocab_size, config.hidden_size, self.dtype)
-        self._layers = [
+        self.layers = [
             _load_layer(config, body, number, layout=layout, absorbed=absorbed, group=group)
             for number in range(config.num_hidden_layers)
         ]
@@ -110,7 +112,7 @@ class Model:
         x = self._embedding[token_ids]
         residual = torch.zeros_like(x)
         rope = self._rope_table.at(rows.positions)
-        for layer, latent_pages, index_pages in zip(self._layers, cache.latent, cache.index, strict=True):
+        for layer, latent_pages, index_pages in zip(self.layers, cache.latent, cache.index, strict=True):
             x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
         if len(x):
@@ -149,8 +151,8 @@ def load_model(
     progress: Progress | None = None,
     group: Group = ALONE,
 ) -> Model:
-    """Reads a Hugging Face checkpoint folder. `ops`: other operators than those of the back end. `group`: the ranks that share
-    the model; the experts of the others are not read.
+    """Reads a Hugging Face checkpoint folder; with `engine_config.random_weights` only its config. `ops`: other operators than
+    those of the back end. `group`: the ranks that share the model; the experts of the others are not read.
 
     `progress` is called with (tensors read, tensors in all). On device "meta" nothing but the files' headers is read, to see
     whether every tensor is there in its right shape. Raises ValueError for a config that is not supported and
@@ -158,14 +160,7 @@ def load_model(
     """
     config = ModelConfig.load(path)
     full_precision = engine_config.precision == "fp32" or engine_config.device == "cpu"
-    mtp_layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
-    with Checkpoint(
-        path,
-        device=engine_config.device,
-        ignored_prefixes=[f"model.layers.{number}." for number in mtp_layers],
-        ignored_suffixes=["rotary_emb.inv_freq"],
-        progress=progress,
-    ) as checkpoint:
+    with _source(path, config, engine_config, progress) as checkpoint:
         weights = Weights(
             checkpoint,
             ops or dispatch.select("reference"),
@@ -183,3 +178,18 @@ def load_model(
         )
         checkpoint.finish()
     return model
+
+
+def _source(
+    path: str | Path, config: ModelConfig, engine_config: EngineConfig, progress: Progress | None
+) -> Checkpoint | RandomWeights:
+    if engine_config.random_weights is not None:
+        return RandomWeights(path, seed=engine_config.random_weights, device=engine_config.device)
+    mtp_layers = range(config.num_hidden_layers, config.num_hidden_layers + config.num_nextn_predict_layers)
+    return Checkpoint(
+        path,
+        device=engine_config.device,
+        ignored_prefixes=[f"model.layers.{number}." for number in mtp_layers],
+        ignored_suffixes=["rotary_emb.inv_freq"],
+        progress=progress,
+    )

@@ -66,8 +66,7 @@ class MoE:
             ops=weights.ops,
         )
         self.experts = [weights.at(f"experts.{expert}").mlp(config.hidden_size, size) for expert in self._own]
-        for expert in set(range(experts)) - set(self._own):
-            weights.at(f"experts.{expert}").leave()
+        weights.at("experts").leave({str(expert) for expert in range(experts) if expert not in self._own})
         self.shared = weights.at("shared_experts").mlp(config.hidden_size, size * config.n_shared_experts)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

@@ -48,13 +48,25 @@ class Scheduled(NamedTuple):
         return self.end == len(self.request.tokens)
 
 
+class Lockstep(NamedTuple):
+    """A collective needs equally much of every rank.
+
+    num_rows, num_logits: the rows that the busiest rank computes, and of how many it wants logits
+    replays:              whether all ranks replay a recorded step
+    """
+
+    num_rows: int
+    num_logits: int
+    replays: bool
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One step. `num_logits`: at least so many rows go into the last product, because those of other ranks do."""
+    """One step. `lockstep`: of several ranks, what all of them must do alike."""
 
     scheduled: list[Scheduled]
     preempted: list[Request]
-    num_logits: int = 0
+    lockstep: Lockstep | None = None
 
     @property
     def sampling(self) -> list[Request]:

@@ -17,7 +17,7 @@ from workers.ranks.leader import Followers
 from workers.ranks.runner import RankedRunner
 from workers.request import Request, SamplingParams
 from workers.server import WorkerServer
-from workers.shard import Shard, config_of, load_shard
+from workers.shard import Shard, config_of, load_shard, max_context
 from workers.shipping.receiver import Landing
 from workers.shipping.sender import Shipper
 from workers.worker import Worker
@@ -70,9 +70,13 @@ def make_engine(
         num_pools=config.ranks if role == "decode" else 1,
         config=config,
         eos_token_ids=loaded.eos_token_ids,
-        max_context=min(config.max_context or loaded.max_position_embeddings, shard.num_pages * PAGE_SIZE),
+        max_context=max_context(loaded, config, shard.num_pages),
     )
-    _warm(engine)
+    on_gpu = config.device.startswith("cuda")
+    _warm(engine, loaded.index_topk if on_gpu else 0)
+    runner.record()
+    if on_gpu:
+        _warm(engine, 0)
     return engine, shard.cache
 
 
@@ -92,13 +96,25 @@ def _make_ranks(model: Path, config: EngineConfig, role: Role) -> tuple[Runs, Sh
     return RankedRunner(shard, followers), shard
 
 
-def _warm(engine: Engine) -> None:
-    """One real prompt and one decode step, so that the first request finds everything loaded."""
-    tokens = [2 + i % 7 for i in range(PAGE_SIZE + 1)]
-    sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-    engine.add(Request("warm-up", tokens, len(tokens), sampling, namespace=b"warm-up"))
-    while engine.has_work():
-        engine.step()
+def _warm(engine: Engine, sparse_from: int) -> None:
+    """Real prompts and decode steps, so that the first request finds everything loaded, compiled and tried.
+
+    sparse_from: also prompts of more tokens than that, which are not attended to as shorter ones are; as many as a step takes
+    """
+    lengths = {PAGE_SIZE + 1}
+    if sparse_from:
+        lengths |= {sparse_from + 1, engine.config.max_batched_tokens}
+    for number, length in enumerate(sorted(lengths)):
+        tokens = [2 + (i + number) % 7 for i in range(length)]
+        sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)
+        request = Request(f"warm-up-{number}", tokens, len(tokens), sampling, namespace=b"warm-up")
+        try:
+            engine.check_fits(request)
+        except ValueError:
+            continue  # then no request is so long
+        engine.add(request)
+        while engine.has_work():
+            engine.step()
 
 
 def start_worker(

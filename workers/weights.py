@@ -4,11 +4,11 @@
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import msgspec
 import torch
@@ -29,6 +29,16 @@ _DTYPES = {
     "F32": torch.float32,
 }  # safetensors' names; others are refused
 _FLOATS = (torch.bfloat16, torch.float32)
+
+
+class Source(Protocol):
+    """Where tensors come from, each once. folder: for messages."""
+
+    folder: Path
+
+    def take(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor: ...
+
+    def leave(self, prefix: str, children: Container[str]) -> None: ...
 
 
 class CheckpointError(ValueError):
@@ -94,9 +104,15 @@ class Checkpoint:
             self._progress(self._num_tensors - len(self._waiting), self._num_tensors)
         return tensor
 
-    def leave(self, prefix: str) -> None:
-        """The tensors of this prefix are another rank's."""
-        for name in [name for name in self._waiting if name.startswith(prefix)]:
+    def leave(self, prefix: str, children: Container[str]) -> None:
+        """The tensors prefix + child + ... are another rank's."""
+        start = len(prefix)
+        left = [
+            name
+            for name in self._waiting
+            if name.startswith(prefix) and name[start:].split(".")[0] in children
+        ]
+        for name in left:
             del self._waiting[name]
 
     def finish(self) -> None:
@@ -160,7 +176,7 @@ class Weights:
     quantized: whether config.json announces FP8 matrices at all.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     ops: Ops
     precision: Literal["fp8", "fp32"]
     dtype: torch.dtype
@@ -170,9 +186,9 @@ class Weights:
     def at(self, name: str) -> "Weights":
         return replace(self, prefix=f"{self.prefix}{name}.")
 
-    def leave(self) -> None:
-        """Reads nothing of what is here: another rank does."""
-        self.checkpoint.leave(self.prefix)
+    def leave(self, children: Container[str]) -> None:
+        """Reads nothing of these: another rank does."""
+        self.checkpoint.leave(self.prefix, children)
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """fp32 [size]."""

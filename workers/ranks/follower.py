@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from workers.cpu_threads import use_threads
 from workers.group import Group, join_group
-from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, Step, ToFollower, Wire
-from workers.ranks.mirror import Mirror, padded
+from workers.ranks.messages import Alive, Failed, Hello, Loaded, Record, Setup, Step, ToFollower, Wire
+from workers.ranks.mirror import Mirror, part
 from workers.shard import Shard, load_shard
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ def run_follower(host: str, port: int, secret: str, rank: int) -> None:
     setup = wire.receive()
     assert isinstance(setup, Setup)
     wire.socket.settimeout(None)
-    steps: queue.SimpleQueue[Step] = queue.SimpleQueue()
+    steps: queue.SimpleQueue[Step | Record] = queue.SimpleQueue()
     threading.Thread(target=_listen, args=(wire, steps), name="leader", daemon=True).start()
     threading.Thread(target=_beat, args=(wire,), name="heartbeat", daemon=True).start()
     try:
@@ -50,12 +50,12 @@ def run_follower(host: str, port: int, secret: str, rank: int) -> None:
         os._exit(1)
 
 
-def _listen(wire: Wire, steps: "queue.SimpleQueue[Step]") -> None:
+def _listen(wire: Wire, steps: "queue.SimpleQueue[Step | Record]") -> None:
     try:
         while True:
-            step = wire.receive()
-            assert isinstance(step, Step)
-            steps.put(step)
+            message = wire.receive()
+            assert isinstance(message, Step | Record)
+            steps.put(message)
     except OSError:
         os._exit(0)  # the leader has gone; the main thread may be stuck in a collective
 
@@ -88,18 +88,17 @@ class _Follower:
         self._shard: Shard = load_shard(Path(setup.model), config, self._group)
         self._mirror = Mirror()
 
-    def run(self, wire: Wire, steps: "queue.SimpleQueue[Step]") -> None:
+    def run(self, wire: Wire, steps: "queue.SimpleQueue[Step | Record]") -> None:
         wire.send(Loaded())
         while True:
-            self._step(steps.get())
+            message = steps.get()
+            if isinstance(message, Step):
+                self._step(message)
+            else:
+                self._shard.runner.record()
 
     def _step(self, step: Step) -> None:
-        plan = padded(
-            self._mirror.plan(step),
-            num_rows=step.num_rows,
-            num_logits=step.num_logits,
-            spare_page=self._shard.spare_page,
-        )
+        plan = part(self._mirror.plan(step), step.lockstep, spare_page=self._shard.spare_page)
         self._shard.runner.run(plan, self._show if step.shows else None)
 
     def _show(self, selected: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from workers.config import EngineConfig
 from workers.group import Group
 from workers.ranks.follower import JOIN_S, join_ranks, run_follower
-from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, Step, ToLeader, Wire
+from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, ToFollower, ToLeader, Wire
 from workers.shard import config_of
 
 log = logging.getLogger(__name__)
@@ -72,10 +72,10 @@ class Followers:
                 self.check()
         self.check()
 
-    def send(self, rank: int, step: Step) -> None:
+    def send(self, rank: int, message: ToFollower) -> None:
         self.check()
         try:
-            self._wires[rank].send(step)
+            self._wires[rank].send(message)
         except OSError as error:
             self._lose(rank, str(error))
             self.check()

@@ -11,6 +11,7 @@ import threading
 import msgspec
 
 from workers.config import EngineConfig
+from workers.scheduler import Lockstep
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # the tokens and pages of a step full of long prompts take a few MB
 _LENGTH = struct.Struct(">I")
@@ -63,23 +64,24 @@ class Known(_Message, frozen=True, tag="known", kw_only=True):
 class Step(_Message, frozen=True, tag="step", kw_only=True):
     """Leader to follower: one forward pass.
 
-    items:        (request, start, end) of what this rank computes, in its order
-    num_rows:     every rank computes so many, some of them for nothing
-    num_logits:   every rank hands in so many rows for logits
-    shows:        whether what the indexer selects goes to the leader
-    forget:       requests that no step will name again before it is told of them anew
+    forget: requests that have ended
+    items:  (request, start, end) of what this rank computes, in its order
+    shows:  whether what the indexer selects goes to the leader
     """
 
+    forget: list[str]
     known: list[Known]
     items: list[tuple[str, int, int]]
-    num_rows: int
-    num_logits: int
+    lockstep: Lockstep
     shows: bool
-    forget: list[str]
+
+
+class Record(_Message, frozen=True, tag="record"):
+    """Leader to follower: record decode steps now, as all ranks do."""
 
 
 ToLeader = Hello | Loaded | Failed | Alive
-ToFollower = Setup | Step
+ToFollower = Setup | Step | Record
 _encoder = msgspec.msgpack.Encoder()
 
 

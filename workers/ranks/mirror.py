@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from kernels.layout import PAGE_SIZE
 from workers.ranks.messages import Known, Step
 from workers.request import Request, SamplingParams, Status
-from workers.scheduler import Plan, Scheduled
+from workers.scheduler import Lockstep, Plan, Scheduled
 
 _UNUSED = SamplingParams(max_tokens=0)  # the leader samples
 
@@ -77,14 +77,12 @@ class Mirror:
         request.pages[known.pages_from :] = known.pages
 
 
-def padded(items: list[Scheduled], *, num_rows: int, num_logits: int, spare_page: int) -> Plan:
-    """A rank's part of a step, with rows for nothing up to `num_rows`: all ranks must bring equally many to a collective.
+def part(items: list[Scheduled], lockstep: Lockstep, *, spare_page: int) -> Plan:
+    """One rank's part of a step. Unless it is replayed, with rows for nothing if other ranks have more.
 
     Those rows are of a request that sees only itself, on a page that is nobody's.
     """
+    missing = 0 if lockstep.replays else lockstep.num_rows - sum(item.num_tokens for item in items)
     nothing = Request("", [0] * (PAGE_SIZE + 1), 0, _UNUSED, b"", pages=[spare_page])
-    missing = num_rows - sum(item.num_tokens for item in items)
-    # Beside single rows only single rows: a step of decoding stays one.
-    longest = PAGE_SIZE if any(item.num_tokens > 1 for item in items) else 1
-    fill = [Scheduled(nothing, 0, min(longest, missing - done)) for done in range(0, missing, longest)]
-    return Plan(scheduled=[*items, *fill], preempted=[], num_logits=num_logits)
+    fill = [Scheduled(nothing, 0, min(PAGE_SIZE, missing - done)) for done in range(0, missing, PAGE_SIZE)]
+    return Plan(scheduled=[*items, *fill], preempted=[], lockstep=lockstep)

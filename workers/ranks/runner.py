@@ -6,9 +6,9 @@ import torch
 
 from workers.page_counts import SelectionWatch
 from workers.ranks.leader import Followers
-from workers.ranks.messages import Step
-from workers.ranks.mirror import Teller, padded
-from workers.scheduler import Plan, Scheduled
+from workers.ranks.messages import Record, Step
+from workers.ranks.mirror import Teller, part
+from workers.scheduler import Lockstep, Plan, Scheduled
 from workers.shard import Shard
 from workers.shares import deal_rows
 
@@ -25,22 +25,19 @@ class RankedRunner:
     def run(self, plan: Plan) -> torch.Tensor:
         """fp32 [S, V]: the logits of the last row of each request that catches up, in the order of plan.sampling."""
         shares = self._deal(plan.scheduled)
-        num_rows = max(sum(item.num_tokens for item in share) for share in shares)
-        num_logits = max(sum(item.samples for item in share) for share in shares)
-        parts = [
-            padded(share, num_rows=num_rows, num_logits=num_logits, spare_page=self._shard.spare_page)
-            for share in shares
-        ]
-        watch = SelectionWatch.of(
-            [item for part in parts for item in part.scheduled], self._shard.model.device
+        lockstep = Lockstep(
+            num_rows=max(sum(item.num_tokens for item in share) for share in shares),
+            num_logits=max(sum(item.samples for item in share) for share in shares),
+            replays=not self._group.shares_rows and self._shard.runner.replays(plan.scheduled),
         )
+        parts = [part(share, lockstep, spare_page=self._shard.spare_page) for share in shares]
+        watch = SelectionWatch.of([item for one in parts for item in one.scheduled], self._shard.model.device)
         for rank, teller in self._tellers.items():
             step = Step(
                 forget=teller.forget(),
                 known=teller.known(shares[rank]),
                 items=[(item.request.id, item.start, item.end) for item in shares[rank]],
-                num_rows=num_rows,
-                num_logits=num_logits,
+                lockstep=lockstep,
                 shows=watch is not None,
             )
             self._followers.send(rank, step)
@@ -48,7 +45,13 @@ class RankedRunner:
             logits = self._shard.runner.run(parts[0], self._take(watch) if watch else None)
             if watch:
                 watch.add_up()
-            return logits[self._rows_of(plan, shares, num_logits)]
+            return logits[self._rows_of(plan, shares, len(logits) // self._group.size)]
+
+    def record(self) -> None:
+        for rank in self._tellers:
+            self._followers.send(rank, Record())
+        with self._followers.watched():
+            self._shard.runner.record()
 
     def check(self) -> None:
         self._followers.check()
@@ -69,10 +72,10 @@ class RankedRunner:
     def _take(self, watch: SelectionWatch) -> Callable[[torch.Tensor], None]:
         return lambda selected: watch.take(self._group.all_gather(selected).wait())
 
-    def _rows_of(self, plan: Plan, shares: list[list[Scheduled]], num_logits: int) -> list[int]:
-        """Where the logits of plan.sampling are among those of all ranks."""
+    def _rows_of(self, plan: Plan, shares: list[list[Scheduled]], each: int) -> list[int]:
+        """Where the logits of plan.sampling are among those of all ranks, which are as many of each."""
         rows: dict[str, int] = {}
         for rank, share in enumerate(shares):
             sampling = [item.request.id for item in share if item.samples]
-            rows |= {name: rank * num_logits + index for index, name in enumerate(sampling)}
+            rows |= {name: rank * each + index for index, name in enumerate(sampling)}
         return [rows[request.id] for request in plan.sampling]
