@@ -54,6 +54,11 @@ def _append(runs: list[Run], run: Run) -> None:
         runs.append(run)
 
 
+def even_runs(total: int, number: int) -> list[slice]:
+    """Cuts 0 .. total into `number` runs, all about as long."""
+    return [slice(total * i // number, total * (i + 1) // number) for i in range(number)]
+
+
 def choose_rank(rooms: Sequence[Room]) -> int:
     """The rank for a new request, of those with room for it: the one that knows most of it, then the one least busy."""
     return min(rooms, key=lambda room: (-room.num_hits, room.num_requests, -room.num_free, room.rank)).rank

@@ -9,7 +9,7 @@ import multiprocessing
 import secrets
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import torch.distributed as dist
 from workers.config import EngineConfig
 from workers.group import Group
 from workers.ranks.follower import JOIN_S, join_ranks, run_follower
-from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, ToFollower, ToLeader, Wire
+from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, Ship, ToFollower, ToLeader, Wire
 from workers.shard import config_of
 
 log = logging.getLogger(__name__)
@@ -39,7 +39,14 @@ class RankLost(RuntimeError):
 class Followers:
     """The processes of ranks 1 and up. Raises RankLost from the constructor on if one of them dies, freezes or fails."""
 
-    def __init__(self, model: Path, config: EngineConfig, *, shares_rows: bool) -> None:
+    def __init__(
+        self, model: Path, config: EngineConfig, *, shares_rows: bool, ship: Ship | None = None
+    ) -> None:
+        self.count = config.ranks - 1
+        self.ship_ports: list[int] = []  # of ranks 1 and up, once loaded
+        self.on_message: Callable[[int, ToLeader], None] = lambda rank, message: None
+        self._alive: dict[int, Alive] = {}
+        self._ports: dict[int, int] = {}
         self._lost: str | None = None
         self._closing = False
         self._lock = threading.Lock()
@@ -59,7 +66,7 @@ class Followers:
         for process in self._processes:
             process.start()
         try:
-            self._join(listener, secret, model, config, shares_rows)
+            self._join(listener, secret, model, config, shares_rows, ship)
         except (OSError, RuntimeError):
             self.close()
             raise
@@ -71,6 +78,11 @@ class Followers:
             while not self._loaded.acquire(timeout=0.1):
                 self.check()
         self.check()
+        self.ship_ports = [self._ports[rank] for rank in sorted(self._ports)]
+
+    def alive(self, rank: int) -> Alive:
+        """What the rank has said last of its links."""
+        return self._alive.get(rank, Alive())
 
     def send(self, rank: int, message: ToFollower) -> None:
         self.check()
@@ -114,7 +126,13 @@ class Followers:
                 process.join()
 
     def _join(
-        self, listener: socket.socket, secret: str, model: Path, config: EngineConfig, shares_rows: bool
+        self,
+        listener: socket.socket,
+        secret: str,
+        model: Path,
+        config: EngineConfig,
+        shares_rows: bool,
+        ship: Ship | None,
     ) -> None:
         for _ in self._processes:
             wire = Wire(listener.accept()[0], ToLeader)
@@ -131,6 +149,7 @@ class Followers:
                     config=config_of(config, rank),
                     shares_rows=shares_rows,
                     store_port=store.port,
+                    ship=ship,
                 )
             )
         for rank, wire in self._wires.items():
@@ -149,14 +168,17 @@ class Followers:
     def _listen(self, rank: int, wire: Wire) -> None:
         try:
             while True:
-                message = wire.receive()
-                if isinstance(message, Loaded):
+                message: ToLeader = wire.receive()
+                if isinstance(message, Alive):
+                    self._alive[rank] = message
+                elif isinstance(message, Loaded):
+                    self._ports[rank] = message.ship_port
                     self._loaded.release()
                 elif isinstance(message, Failed):
                     self._lose(rank, message.reason)
                     return
                 else:
-                    assert isinstance(message, Alive)
+                    self.on_message(rank, message)
         except TimeoutError:
             self._lose(rank, f"silent for {DEAD_AFTER_S:g} s")
         except OSError as error:

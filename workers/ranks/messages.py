@@ -7,11 +7,14 @@ import contextlib
 import socket
 import struct
 import threading
+from typing import Any
 
 import msgspec
 
 from workers.config import EngineConfig
+from workers.messages import Ticket
 from workers.scheduler import Lockstep
+from workers.shipping.protocol import Commit
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # the tokens and pages of a step full of long prompts take a few MB
 _LENGTH = struct.Struct(">I")
@@ -28,6 +31,15 @@ class Hello(_Message, frozen=True, tag="hello"):
     secret: str
 
 
+class Ship(_Message, frozen=True, tag="ship", kw_only=True):
+    """Whose caches a follower ships or lands, as workers.start knows it."""
+
+    worker_id: str
+    epoch: int
+    host: str
+    secret: str
+
+
 class Setup(_Message, frozen=True, tag="setup", kw_only=True):
     """Leader to follower: join the group, then load your share of the model."""
 
@@ -35,10 +47,13 @@ class Setup(_Message, frozen=True, tag="setup", kw_only=True):
     config: EngineConfig
     shares_rows: bool
     store_port: int  # where the group is made, on the leader's host
+    ship: Ship | None  # None: an engine without links
 
 
 class Loaded(_Message, frozen=True, tag="loaded"):
-    """Follower to leader: ready for steps."""
+    """Follower to leader: ready for steps, and for shipments at this port if it is a decode worker's."""
+
+    ship_port: int
 
 
 class Failed(_Message, frozen=True, tag="failed"):
@@ -48,7 +63,10 @@ class Failed(_Message, frozen=True, tag="failed"):
 
 
 class Alive(_Message, frozen=True, tag="alive"):
-    """Follower to leader, again and again: silence means a frozen process."""
+    """Follower to leader, again and again: silence means a frozen process. As Shipper or Landing tell it."""
+
+    peers: list[tuple[str, int]] = []
+    counters: dict[str, float] = {}
 
 
 class Known(_Message, frozen=True, tag="known", kw_only=True):
@@ -80,8 +98,82 @@ class Record(_Message, frozen=True, tag="record"):
     """Leader to follower: record decode steps now, as all ranks do."""
 
 
-ToLeader = Hello | Loaded | Failed | Alive
-ToFollower = Setup | Step | Record
+class Peers(_Message, frozen=True, tag="peers"):
+    """To a prefill follower: landing -> host, port and epoch, as for Shipper.set_peers."""
+
+    landings: dict[str, tuple[str, int, int]]
+
+
+class ShipPages(_Message, frozen=True, tag="ship_pages"):
+    """To a prefill follower: as Shipper.ship, after the steps that were sent before it."""
+
+    ticket: Ticket
+    page_indices: list[int]
+    page_ids: list[int]
+
+
+class ShipCommit(_Message, frozen=True, tag="ship_commit"):
+    """To a prefill follower: as Shipper.commit."""
+
+    ticket: Ticket
+    token: int
+    finish: str | None
+
+
+class ShipAbandon(_Message, frozen=True, tag="ship_abandon"):
+    """To a prefill follower: as Shipper.abandon."""
+
+    ticket: Ticket
+
+
+class ShipEnded(_Message, frozen=True, tag="ship_ended"):
+    """Of a prefill follower: it reads no page of the request any more. `reason`: why it failed; None if it did not."""
+
+    request_id: str
+    reason: str | None
+
+
+class Expect(_Message, frozen=True, tag="expect"):
+    """To a decode follower: the pages of this ticket, which are its own, may be written by shipments."""
+
+    ticket: Ticket
+
+
+class Forget(_Message, frozen=True, tag="forget"):
+    """To a decode follower: no more shipments for this request; its pages may soon be another's."""
+
+    request_id: str
+
+
+class PagesLanded(_Message, frozen=True, tag="pages_landed"):
+    """Of a decode follower: so many layers of one kind of these pages were verified and written."""
+
+    request_id: str
+    page_indices: list[int]
+    num_layers: int
+
+
+class CommitLanded(_Message, frozen=True, tag="commit_landed"):
+    """Of a decode follower."""
+
+    commit: Commit
+
+
+class AbandonLanded(_Message, frozen=True, tag="abandon_landed"):
+    """Of a decode follower."""
+
+    request_id: str
+
+
+ToLeader = Hello | Loaded | Failed | Alive | ShipEnded | PagesLanded | CommitLanded | AbandonLanded
+ToFollower = Setup | Step | Record | Peers | ShipPages | ShipCommit | ShipAbandon | Expect | Forget
+
+
+def rank_name(worker_id: str, rank: int) -> str:
+    """Under which the rank's own links go; rank 0's are the worker's."""
+    return f"{worker_id}.{rank}" if rank else worker_id
+
+
 _encoder = msgspec.msgpack.Encoder()
 
 
@@ -92,14 +184,14 @@ class Wire:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket = connection
         self._lock = threading.Lock()
-        self._decoder: msgspec.msgpack.Decoder[object] = msgspec.msgpack.Decoder(kind)
+        self._decoder: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(kind)
 
     def send(self, message: ToLeader | ToFollower) -> None:
         body = _encoder.encode(message)
         with self._lock:
             self.socket.sendall(_LENGTH.pack(len(body)) + body)
 
-    def receive(self) -> object:
+    def receive(self) -> Any:
         (length,) = _LENGTH.unpack(self._read(_LENGTH.size))
         if length > MAX_MESSAGE_BYTES:
             raise ConnectionError(f"a message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
