@@ -3,7 +3,8 @@
 The MTP layer (number num_hidden_layers) is stored in checkpoints but not part of this model.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,13 +24,26 @@ from workers.rope import Rope, RopeTable
 from workers.slice import RandomWeights
 from workers.weights import Checkpoint, Progress, Weights
 
+Attend = Callable[  # x, rope, rows, slots, latent pages, index pages, on_selected, as for Attention
+    [
+        torch.Tensor,
+        Rope,
+        Rows,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        Callable[[torch.Tensor], None] | None,
+    ],
+    torch.Tensor,
+]
+
 
 @dataclass(frozen=True)
 class Layer:
     """Carries the residual stream: x is what the layer before added to it, and has not been added yet."""
 
     attention_norm: RMSNorm
-    attention: Attention
+    attention: Attend
     mlp_norm: RMSNorm
     mlp: MLP | MoE
 
@@ -65,7 +79,7 @@ class Model:
         self.layout = layout
         self.dtype = weights.dtype
         self.device = device
-        self._ops = weights.ops
+        self.ops = weights.ops
         body = weights.at("model")
         self._rope_table = RopeTable(
             config.qk_rope_head_dim,
@@ -81,6 +95,20 @@ class Model:
         ]
         self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
         self._head = weights.table("lm_head", config.vocab_size, config.hidden_size, torch.float32)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, D]: what the first layer reads."""
+        return self._embedding[token_ids]
+
+    def rope(self, positions: torch.Tensor) -> Rope:
+        """int64 [T] -> what turns the rows at these positions."""
+        return self._rope_table.at(positions)
+
+    def with_layers(self, layers: Sequence[Layer]) -> "Model":
+        """The same model with other layers, for experiments."""
+        other = copy.copy(self)
+        other.layers = list(layers)
+        return other
 
     @torch.inference_mode()
     def forward(
@@ -100,13 +128,13 @@ class Model:
         on_selected: called layer after layer with the slots that the indexer selected, int32 [T, topk], -1 padded
         Returns fp32 [S, vocab_size].
         """
-        x = self._embedding[token_ids]
+        x = self.embed(token_ids)
         residual = torch.zeros_like(x)
-        rope = self._rope_table.at(rows.positions)
+        rope = self.rope(rows.positions)
         for layer, latent_pages, index_pages in zip(self.layers, cache.latent, cache.index, strict=True):
             x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
-        return self._ops.linear(x.float(), self._head)
+        return self.ops.linear(x.float(), self._head)
 
 
 def _load_layer(
