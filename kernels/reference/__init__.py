@@ -1,6 +1,12 @@
 """The operators in plain PyTorch, for CPU and CUDA tensors: the definition of correct."""
 
-from kernels.reference.cache import read_index_keys, read_latents, write_index_keys, write_latents
+from kernels.reference.cache import (
+    read_index_keys,
+    read_latents,
+    rotate_latents,
+    write_index_keys,
+    write_latents,
+)
 from kernels.reference.indexer import hadamard, index_scores, select_tokens
 from kernels.reference.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
 from kernels.reference.mla import dense_mla, sparse_mla
@@ -29,6 +35,7 @@ __all__ = [
     "quantize_weight",
     "read_index_keys",
     "read_latents",
+    "rotate_latents",
     "select_tokens",
     "sparse_mla",
     "top_k",
