@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
 from workers.model_config import ModelConfig
-from workers.rope import Rope, rotate_halves, rotate_neighbours
+from workers.rope import Rope, rotate_halves
 from workers.weights import Weights
 
 QUERY_TILE = 64
@@ -111,10 +111,11 @@ class Attention:
         query_nope, query_pe = query.unflatten(-1, (-1, config.qk_head_dim)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
-        query_pe = rotate_neighbours(query_pe, *rope)
         latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
-        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
+        norm = self._latent_norm
+        query_pe = self._ops.rotate_latents(
+            query_pe, latent, key_pe, norm.weight, norm.eps, *rope, latent_pages, slots, self._layout
+        )
         selected = self._indexer(x, index_query, index_key, rope, rows, slots, index_pages)
         if on_selected is not None:
             on_selected(selected)

@@ -15,7 +15,7 @@ from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
 from workers.model import Model
 from workers.model_config import ModelConfig
-from workers.rope import Rope, rotate_neighbours
+from workers.rope import Rope
 from workers.weights import Weights
 
 Attended = tuple[torch.Tensor, torch.Tensor]  # output [1, H, T, v] and log-sum-exp fp32 [1, H, T]
@@ -73,10 +73,11 @@ class DenseAttention:
         query_latent, cached = self._down(x)
         query = self._up(self._query_norm(query_latent)).unflatten(-1, (-1, config.qk_head_dim))
         nope, pe = query.split((config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1)
-        pe = rotate_neighbours(pe, *rope)
         latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
-        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
+        norm = self._latent_norm
+        pe = self._ops.rotate_latents(
+            pe, latent, key_pe, norm.weight, norm.eps, *rope, latent_pages, slots, self._layout
+        )
         attend = self._over_latents if len(rows.query_starts) == len(x) + 1 else self._per_head
         return self._out(attend(nope, pe, rows, latent_pages).flatten(1))
 

@@ -18,5 +18,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     precision: Literal["fp8", "fp32"] = "fp8"  # fp32: dequantised weights and unquantised caches
     attention: Literal["absorbed", "unabsorbed"] = "absorbed"
     device: str = "cpu"
+    kernels: str | None = (
+        None  # back ends, "NAME" or "OPERATOR=NAME,...": see kernels.dispatch; None: the best there are
+    )
     random_weights: int | None = None  # a seed: weights of no checkpoint, made on the device (workers.slice)
     threads: int | None = None  # CPU threads of the engine; None: torch's default, in Ray num_cpus

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import Ops
+from kernels.dispatch import Ops, Sizes
 from kernels.layout import CacheLayout
 from kernels.rows import Rows
 from workers.attention import Attention
@@ -94,7 +94,7 @@ class Model:
             for number in range(config.num_hidden_layers)
         ]
         self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
-        self._head = weights.table("lm_head", config.vocab_size, config.hidden_size, torch.float32)
+        self._head = weights.table("lm_head", config.vocab_size, config.hidden_size, self.dtype)
 
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """int64 [T] -> [T, D]: what the first layer reads."""
@@ -134,7 +134,7 @@ class Model:
         for layer, latent_pages, index_pages in zip(self.layers, cache.latent, cache.index, strict=True):
             x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
-        return self.ops.linear(x.float(), self._head)
+        return self.ops.linear(x, self._head, torch.float32)
 
 
 def _load_layer(
@@ -172,11 +172,13 @@ def load_model(
     CheckpointError for files that do not hold the model, naming the file and the tensor.
     """
     config = ModelConfig.load(path)
+    layout = config.cache_layout(quantized=engine_config.precision == "fp8")
+    sizes = Sizes(config.num_attention_heads, config.index_n_heads, config.index_topk, layout)
     full_precision = engine_config.precision == "fp32" or engine_config.device == "cpu"
     with _source(path, config, engine_config, progress) as checkpoint:
         weights = Weights(
             checkpoint,
-            ops or dispatch.select("reference"),
+            ops or dispatch.choose(engine_config.device, sizes, engine_config.kernels),
             precision=engine_config.precision,
             dtype=torch.float32 if full_precision else torch.bfloat16,
             quantized=config.quantized,
@@ -184,7 +186,7 @@ def load_model(
         model = Model(
             config,
             weights,
-            layout=config.cache_layout(quantized=engine_config.precision == "fp8"),
+            layout=layout,
             absorbed=engine_config.attention == "absorbed",
             device=engine_config.device,
         )
