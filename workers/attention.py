@@ -16,7 +16,7 @@ from kernels.rows import Rows
 from workers.cache_rows import CacheRows
 from workers.group import Group
 from workers.model_config import ModelConfig
-from workers.rope import Rope, rotate_halves, rotate_neighbours
+from workers.rope import Rope, rotate_halves
 from workers.weights import Weights
 
 QUERY_TILE = 64
@@ -39,13 +39,16 @@ class Indexer:
         rotated = self._rotate(self._key_norm(key).unsqueeze(1), rope).squeeze(1)
         self._ops.write_index_keys(pages, slots, rotated, self._layout)
 
-    def select(
-        self, x: torch.Tensor, query: torch.Tensor, rope: Rope, rows: Rows, pages: torch.Tensor
-    ) -> torch.Tensor:
-        """x [T, D], query [T, heads x dim] as projected -> slots int32 [T, topk] by position, -1 padded."""
+    def queries(self, x: torch.Tensor, query: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, D], query [T, heads x dim] as projected -> what `select` takes; reads no page."""
         rotated = self._rotate(query.unflatten(-1, (-1, self._config.index_head_dim)), rope)
-        weights = self._ops.linear(x.float(), self._weights) * self._weight_scale
-        return self._ops.select_tokens(rotated, weights, pages, rows, self._config.index_topk, self._layout)
+        return rotated, self._ops.linear(x, self._weights, torch.float32) * self._weight_scale
+
+    def select(
+        self, query: torch.Tensor, weights: torch.Tensor, rows: Rows, pages: torch.Tensor
+    ) -> torch.Tensor:
+        """Slots int32 [T, topk] by position, -1 padded."""
+        return self._ops.select_tokens(query, weights, pages, rows, self._config.index_topk, self._layout)
 
     def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """[T, heads, dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
@@ -105,19 +108,21 @@ class Attention:
         """x [T, D], slots int64 [T] (where each row's caches go) -> [T, D]. `on_selected` is shown the indexer's slots."""
         config = self._config
         query_latent, index_key, cached = self._down(x)
-        latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
-        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
-        self._indexer.write(index_key, rope, slots, index_pages)
-        # The rows of other ranks arrive while the queries are made.
-        sharing = self._cache_rows.share(latent_pages, index_pages, slots)
         query, index_query = self._up(self._query_norm(query_latent))
         query_nope, query_pe = query.unflatten(-1, (-1, config.qk_head_dim)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
-        query_pe = rotate_neighbours(query_pe, *rope)
+        latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
+        norm = self._latent_norm
+        query_pe = self._ops.rotate_latents(
+            query_pe, latent, key_pe, norm.weight, norm.eps, *rope, latent_pages, slots, self._layout
+        )
+        self._indexer.write(index_key, rope, slots, index_pages)
+        # The rows of other ranks arrive while the indexer's queries are made.
+        sharing = self._cache_rows.share(latent_pages, index_pages, slots)
+        queries = self._indexer.queries(x, index_query, rope)
         self._cache_rows.finish(sharing, latent_pages, index_pages)
-        selected = self._indexer.select(x, index_query, rope, rows, index_pages)
+        selected = self._indexer.select(*queries, rows, index_pages)
         if on_selected is not None:
             on_selected(selected)
         out = self._attend(query_nope, query_pe, rows, latent_pages, selected)

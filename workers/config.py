@@ -19,5 +19,8 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     attention: Literal["absorbed", "unabsorbed"] = "absorbed"
     device: str = "cpu"
     ranks: int = 1  # processes, each with a GPU of its own, that share prompts (prefill) or requests (decode), and the experts
+    kernels: str | None = (
+        None  # back ends, "NAME" or "OPERATOR=NAME,...": see kernels.dispatch; None: the best there are
+    )
     random_weights: int | None = None  # a seed: weights of no checkpoint, made on the device (workers.slice)
     threads: int | None = None  # CPU threads of the engine; None: torch's default, in Ray num_cpus

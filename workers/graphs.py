@@ -4,7 +4,8 @@ A graph belongs to a number of rows, a bucket; what a step is about lies in buff
 position -1, so they see no token, and write into a page that no request has. Knows nothing of policy.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,17 +106,7 @@ class DecodeGraphs:
         """Runs every bucket, largest first, and records it. All graphs share one pool of memory: only one runs at a time."""
         pool = torch.cuda.graph_pool_handle()
         for bucket in reversed(buckets(self._max_rows)):
-            side = torch.cuda.Stream()
-            side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(side):
-                for _ in range(WARM_RUNS):
-                    self._forward(bucket)
-            torch.cuda.current_stream().wait_stream(side)
-            graph = torch.cuda.CUDAGraph()
-            # Other threads pack pages and watch collectives meanwhile; that is no part of the graph.
-            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-                logits = self._forward(bucket)
-            self._graphs[bucket] = (graph, logits)
+            self._graphs[bucket] = record(functools.partial(self._forward, bucket), pool)
 
     def takes(self, batch: Sequence[Scheduled]) -> bool:
         """Whether the batch is a decode step: one row each, every one samples, and nobody watches what is selected."""
@@ -142,3 +133,18 @@ class DecodeGraphs:
         token_ids, positions, slots, _ = self._inputs[:, :bucket]
         rows = Rows(tuple(range(bucket + 1)), self._owners[:bucket], positions, self._table[:bucket])
         return self._model.forward(token_ids, rows, slots, self._cache, self._inputs[3, :bucket])
+
+
+def record(step: Callable[[], torch.Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    """A graph of the step and the tensor that every replay fills."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_RUNS):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads pack pages and watch collectives meanwhile; that is no part of the graph.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        out = step()
+    return graph, out

@@ -3,14 +3,15 @@
 The MTP layer (number num_hidden_layers) is stored in checkpoints but not part of this model.
 """
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from kernels import dispatch
-from kernels.dispatch import Ops
+from kernels.dispatch import Ops, Sizes
 from kernels.layout import CacheLayout
 from kernels.rows import Rows
 from workers.attention import Attention
@@ -24,13 +25,26 @@ from workers.rope import Rope, RopeTable
 from workers.slice import RandomWeights
 from workers.weights import Checkpoint, Progress, Weights
 
+Attend = Callable[  # x, rope, rows, slots, latent pages, index pages, on_selected, as for Attention
+    [
+        torch.Tensor,
+        Rope,
+        Rows,
+        torch.Tensor,
+        torch.Tensor,
+        torch.Tensor,
+        Callable[[torch.Tensor], None] | None,
+    ],
+    torch.Tensor,
+]
+
 
 @dataclass(frozen=True)
 class Layer:
     """Carries the residual stream: x is what the layer before added to it, and has not been added yet."""
 
     attention_norm: RMSNorm
-    attention: Attention
+    attention: Attend
     mlp_norm: RMSNorm
     mlp: MLP | MoE
 
@@ -74,7 +88,7 @@ class Model:
         self.dtype = weights.dtype
         self.device = device
         self._group = group
-        self._ops = weights.ops
+        self.ops = weights.ops
         body = weights.at("model")
         self._rope_table = RopeTable(
             config.qk_rope_head_dim,
@@ -89,7 +103,21 @@ class Model:
             for number in range(config.num_hidden_layers)
         ]
         self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
-        self._head = weights.table("lm_head", config.vocab_size, config.hidden_size, torch.float32)
+        self._head = weights.table("lm_head", config.vocab_size, config.hidden_size, self.dtype)
+
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """int64 [T] -> [T, D]: what the first layer reads."""
+        return self._embedding[token_ids]
+
+    def rope(self, positions: torch.Tensor) -> Rope:
+        """int64 [T] -> what turns the rows at these positions."""
+        return self._rope_table.at(positions)
+
+    def with_layers(self, layers: Sequence[Layer]) -> "Model":
+        """The same model with other layers, for experiments."""
+        other = copy.copy(self)
+        other.layers = list(layers)
+        return other
 
     @torch.inference_mode()
     def forward(
@@ -109,9 +137,9 @@ class Model:
         on_selected: called layer after layer with the slots that the indexer selected, int32 [T, topk], -1 padded
         Returns fp32 [S, vocab_size]; of several ranks, the first has the logits of all, rank after rank, the others none.
         """
-        x = self._embedding[token_ids]
+        x = self.embed(token_ids)
         residual = torch.zeros_like(x)
-        rope = self._rope_table.at(rows.positions)
+        rope = self.rope(rows.positions)
         for layer, latent_pages, index_pages in zip(self.layers, cache.latent, cache.index, strict=True):
             x, residual = layer(x, residual, rope, rows, slots, latent_pages, index_pages, on_selected)
         x, _ = self._norm.add(x[logits_rows], residual[logits_rows])
@@ -119,7 +147,7 @@ class Model:
             x = self._group.all_gather(x).wait()
         if self._group.rank:
             x = x[:0]
-        return self._ops.linear(x.float(), self._head)
+        return self.ops.linear(x, self._head, torch.float32)
 
 
 def _load_layer(
@@ -159,11 +187,13 @@ def load_model(
     CheckpointError for files that do not hold the model, naming the file and the tensor.
     """
     config = ModelConfig.load(path)
+    layout = config.cache_layout(quantized=engine_config.precision == "fp8")
+    sizes = Sizes(config.num_attention_heads, config.index_n_heads, config.index_topk, layout)
     full_precision = engine_config.precision == "fp32" or engine_config.device == "cpu"
     with _source(path, config, engine_config, progress) as checkpoint:
         weights = Weights(
             checkpoint,
-            ops or dispatch.select("reference"),
+            ops or dispatch.choose(engine_config.device, sizes, engine_config.kernels),
             precision=engine_config.precision,
             dtype=torch.float32 if full_precision else torch.bfloat16,
             quantized=config.quantized,
@@ -171,7 +201,7 @@ def load_model(
         model = Model(
             config,
             weights,
-            layout=config.cache_layout(quantized=engine_config.precision == "fp8"),
+            layout=layout,
             absorbed=engine_config.attention == "absorbed",
             device=engine_config.device,
             group=group,
