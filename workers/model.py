@@ -90,7 +90,9 @@ class Model:
         )
         self._embedding = body.table("embed_tokens", config.vocab_size, config.hidden_size, self.dtype)
         self.layers = [
-            _load_layer(config, body, number, layout=layout, absorbed=absorbed)
+            _load_layer(
+                config, body, number, layout=layout, absorbed=absorbed, on_gpu=device.startswith("cuda")
+            )
             for number in range(config.num_hidden_layers)
         ]
         self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
@@ -144,12 +146,19 @@ def _load_layer(
     *,
     layout: CacheLayout,
     absorbed: bool,
+    on_gpu: bool,
 ) -> Layer:
     layer = weights.at(f"layers.{number}")
     mlp = layer.at("mlp")
     return Layer(
         attention_norm=layer.rms_norm("input_layernorm", config.hidden_size, config.rms_norm_eps),
-        attention=Attention(config, layer.at("self_attn"), layout=layout, absorbed=absorbed),
+        attention=Attention(
+            config,
+            layer.at("self_attn"),
+            layout=layout,
+            absorbed=absorbed,
+            dense_if_short=absorbed and on_gpu,
+        ),
         mlp_norm=layer.rms_norm("post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
         mlp=MoE(config, mlp)
         if config.is_moe(number)
