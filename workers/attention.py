@@ -58,7 +58,11 @@ class Indexer:
 
 
 class Attention:
-    """The attention of one layer. `absorbed` attends in the latent space; otherwise keys and values are expanded per head."""
+    """The attention of one layer. `absorbed` attends in the latent space; otherwise keys and values are expanded per head.
+
+    `dense_if_short`: where no row can see more than top-k tokens, all of them are attended to without a selection. That changes
+    bits with the company that a row has, so it is not for CPUs.
+    """
 
     def __init__(
         self,
@@ -68,6 +72,7 @@ class Attention:
         layout: CacheLayout,
         absorbed: bool,
         group: Group,
+        dense_if_short: bool,
     ) -> None:
         heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
         self._config = config
@@ -90,6 +95,7 @@ class Attention:
         )
         self._query_norm = weights.rms_norm("q_a_layernorm", config.q_lora_rank, config.rms_norm_eps)
         self._latent_norm = weights.rms_norm("kv_a_layernorm", latent, config.rms_norm_eps)
+        self._dense_if_short = dense_if_short
         self._attend = (Absorbed if absorbed else Unabsorbed)(config, weights, layout)
         self._out = weights.linear("o_proj", hidden, heads * config.v_head_dim)
         self._indexer = Indexer(config, weights.at("indexer"), layout)
@@ -120,13 +126,17 @@ class Attention:
         self._indexer.write(index_key, rope, slots, index_pages)
         # The rows of other ranks arrive while the indexer's queries are made.
         sharing = self._cache_rows.share(latent_pages, index_pages, slots)
-        queries = self._indexer.queries(x, index_query, rope)
+        choice = on_selected is not None or self._is_choice(rows)
+        queries = self._indexer.queries(x, index_query, rope) if choice else None
         self._cache_rows.finish(sharing, latent_pages, index_pages)
-        selected = self._indexer.select(*queries, rows, index_pages)
-        if on_selected is not None:
+        selected = self._indexer.select(*queries, rows, index_pages) if queries else None
+        if on_selected is not None and selected is not None:
             on_selected(selected)
         out = self._attend(query_nope, query_pe, rows, latent_pages, selected)
         return self._out(out.flatten(1))
+
+    def _is_choice(self, rows: Rows) -> bool:
+        return not self._dense_if_short or rows.page_table.shape[1] * PAGE_SIZE > self._config.index_topk
 
 
 class Absorbed:
@@ -146,11 +156,14 @@ class Absorbed:
         query_pe: torch.Tensor,
         rows: Rows,
         pages: torch.Tensor,
-        selected: torch.Tensor,
+        selected: torch.Tensor | None,
     ) -> torch.Tensor:
-        """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk] -> [T, H, v]."""
+        """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk], None for all -> [T, H, v]."""
         query = torch.cat((self._ops.head_linear(query_nope, self._key_up), query_pe), dim=-1)
-        out, _ = self._ops.sparse_mla(query, pages, selected, self._softmax_scale, self._layout)
+        if selected is None:
+            out, _ = self._ops.dense_mla(query, pages, rows, self._softmax_scale, self._layout)
+        else:
+            out, _ = self._ops.sparse_mla(query, pages, selected, self._softmax_scale, self._layout)
         return self._ops.head_linear(out, self._value_up)
 
 
@@ -169,9 +182,10 @@ class Unabsorbed:
         query_pe: torch.Tensor,
         rows: Rows,
         pages: torch.Tensor,
-        selected: torch.Tensor,
+        selected: torch.Tensor | None,
     ) -> torch.Tensor:
         """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk] -> [T, H, v]."""
+        assert selected is not None
         query = torch.cat((query_nope, query_pe), dim=-1)
         outs = []
         for request, (start, end) in enumerate(itertools.pairwise(rows.query_starts)):

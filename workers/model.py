@@ -99,7 +99,15 @@ class Model:
         )
         self._embedding = body.table("embed_tokens", config.vocab_size, config.hidden_size, self.dtype)
         self.layers = [
-            _load_layer(config, body, number, layout=layout, absorbed=absorbed, group=group)
+            _load_layer(
+                config,
+                body,
+                number,
+                layout=layout,
+                absorbed=absorbed,
+                on_gpu=device.startswith("cuda"),
+                group=group,
+            )
             for number in range(config.num_hidden_layers)
         ]
         self._norm = body.rms_norm("norm", config.hidden_size, config.rms_norm_eps)
@@ -158,12 +166,20 @@ def _load_layer(
     layout: CacheLayout,
     absorbed: bool,
     group: Group,
+    on_gpu: bool,
 ) -> Layer:
     layer = weights.at(f"layers.{number}")
     mlp = layer.at("mlp")
     return Layer(
         attention_norm=layer.rms_norm("input_layernorm", config.hidden_size, config.rms_norm_eps),
-        attention=Attention(config, layer.at("self_attn"), layout=layout, absorbed=absorbed, group=group),
+        attention=Attention(
+            config,
+            layer.at("self_attn"),
+            layout=layout,
+            absorbed=absorbed,
+            dense_if_short=absorbed and on_gpu,
+            group=group,
+        ),
         mlp_norm=layer.rms_norm("post_attention_layernorm", config.hidden_size, config.rms_norm_eps),
         mlp=MoE(config, mlp, group)
         if config.is_moe(number)
