@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from kernels import dispatch
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
 from workers import memory
@@ -85,6 +86,11 @@ def make_engine(model: Path, config: EngineConfig, *, ops: Ops | None = None) ->
         graphs.capture()
         _warm(engine, 0)
     return engine, cache
+
+
+def _can_be_recorded(ops: Ops) -> bool:
+    """The reference lets the host look at positions before it selects, which no graph can hold."""
+    return ops.select_tokens is not dispatch.select("reference").select_tokens
 
 
 def _num_pages(model: Model, config: EngineConfig) -> int:
