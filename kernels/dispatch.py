@@ -52,6 +52,29 @@ class Fp8Weight:
     tensors: tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True)
+class QuantizedRows:
+    """Activations in FP8, as the next FP8 product reads them.
+
+    values: e4m3 [T, K]
+    scales: fp32 [T, ceil(K / 128)], in the strides that the back end likes best
+    dtype:  of the activations that were quantised, and of the product
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class ExpertWeights:
+    """The matrices of E experts in the form that one back end multiplies with. Made by its prepare_experts; only it looks
+    inside."""
+
+    tensors: tuple[torch.Tensor, ...]
+    quantized: bool  # FP8 matrices: activations are quantised too
+
+
 class Ops(Protocol):
     """The operators of a back end. `kernels.reference` documents and defines each of them."""
 
@@ -65,11 +88,60 @@ class Ops(Protocol):
 
     def prepare_fp8_weight(self, weight: torch.Tensor, scale_inv: torch.Tensor) -> Fp8Weight: ...
 
-    def fp8_linear(self, x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor: ...
+    def fp8_linear(self, x: torch.Tensor | QuantizedRows, weight: Fp8Weight) -> torch.Tensor: ...
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: ...
+    def linear(
+        self, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None
+    ) -> torch.Tensor: ...
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor: ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor: ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def add_rms_norm_quantized(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]: ...
+
+    def layer_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
+    ) -> torch.Tensor: ...
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor: ...
+
+    def swiglu_quantized(self, gate: torch.Tensor, up: torch.Tensor) -> QuantizedRows: ...
+
+    def choose_experts(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        *,
+        num_groups: int,
+        kept_groups: int,
+        num_chosen: int,
+        scale: float,
+    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    def prepare_experts(
+        self,
+        gate_up: torch.Tensor,
+        gate_up_scale: torch.Tensor | None,
+        down: torch.Tensor,
+        down_scale: torch.Tensor | None,
+    ) -> ExpertWeights: ...
+
+    def expert_mlp(
+        self,
+        x: torch.Tensor,
+        experts: torch.Tensor,
+        weights: torch.Tensor,
+        prepared: ExpertWeights,
+        start: torch.Tensor | None = None,
+    ) -> torch.Tensor: ...
 
     def hadamard(self, x: torch.Tensor) -> torch.Tensor: ...
 

@@ -1,0 +1,34 @@
+"""The operators as kernels for Hopper, compiled when they are first called."""
+
+from kernels.triton_ops.experts import expert_mlp, prepare_experts
+from kernels.triton_ops.gate import choose_experts
+from kernels.triton_ops.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
+from kernels.triton_ops.norm import (
+    add_rms_norm,
+    add_rms_norm_quantized,
+    layer_norm,
+    rms_norm,
+    swiglu,
+    swiglu_quantized,
+)
+from kernels.triton_ops.quant import dequantize_blocks, dequantize_weight, quantize_blocks, quantize_weight
+
+__all__ = [
+    "add_rms_norm",
+    "add_rms_norm_quantized",
+    "choose_experts",
+    "dequantize_blocks",
+    "dequantize_weight",
+    "expert_mlp",
+    "fp8_linear",
+    "head_linear",
+    "layer_norm",
+    "linear",
+    "prepare_experts",
+    "prepare_fp8_weight",
+    "quantize_blocks",
+    "quantize_weight",
+    "rms_norm",
+    "swiglu",
+    "swiglu_quantized",
+]
