@@ -154,6 +154,20 @@ class Ops(Protocol):
         layout: CacheLayout,
     ) -> None: ...
 
+    def rotate_latents(
+        self,
+        query_pe: torch.Tensor,
+        latent: torch.Tensor,
+        key_pe: torch.Tensor,
+        norm_weight: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        pages: torch.Tensor,
+        slots: torch.Tensor,
+        layout: CacheLayout,
+    ) -> torch.Tensor: ...
+
     def write_index_keys(
         self, pages: torch.Tensor, slots: torch.Tensor, keys: torch.Tensor, layout: CacheLayout
     ) -> None: ...

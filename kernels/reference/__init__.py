@@ -1,6 +1,12 @@
 """The operators in plain PyTorch, for CPU and CUDA tensors: the definition of correct."""
 
-from kernels.reference.cache import read_index_keys, read_latents, write_index_keys, write_latents
+from kernels.reference.cache import (
+    read_index_keys,
+    read_latents,
+    rotate_latents,
+    write_index_keys,
+    write_latents,
+)
 from kernels.reference.experts import expert_mlp, prepare_experts
 from kernels.reference.gate import choose_experts
 from kernels.reference.indexer import hadamard, index_scores, select_tokens
@@ -46,6 +52,7 @@ __all__ = [
     "read_index_keys",
     "read_latents",
     "rms_norm",
+    "rotate_latents",
     "select_tokens",
     "sparse_mla",
     "swiglu",

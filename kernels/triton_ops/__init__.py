@@ -1,8 +1,10 @@
 """The operators as kernels for Hopper, compiled when they are first called."""
 
+from kernels.triton_ops.cache import read_latents, rotate_latents, write_latents
 from kernels.triton_ops.experts import expert_mlp, prepare_experts
 from kernels.triton_ops.gate import choose_experts
 from kernels.triton_ops.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
+from kernels.triton_ops.mla import dense_mla, sparse_mla
 from kernels.triton_ops.norm import (
     add_rms_norm,
     add_rms_norm_quantized,
@@ -17,6 +19,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantized",
     "choose_experts",
+    "dense_mla",
     "dequantize_blocks",
     "dequantize_weight",
     "expert_mlp",
@@ -28,7 +31,11 @@ __all__ = [
     "prepare_fp8_weight",
     "quantize_blocks",
     "quantize_weight",
+    "read_latents",
     "rms_norm",
+    "rotate_latents",
+    "sparse_mla",
     "swiglu",
     "swiglu_quantized",
+    "write_latents",
 ]
