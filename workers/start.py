@@ -72,7 +72,9 @@ def make_engine(model: Path, config: EngineConfig, *, ops: Ops | None = None) ->
         loaded.layout, num_layers=num_layers, num_pages=num_pages + on_gpu, device=config.device
     )
     graphs = (
-        DecodeGraphs(loaded, cache, max_rows=config.max_running, max_context=max_context) if on_gpu else None
+        DecodeGraphs(loaded, cache, max_rows=config.max_running, max_context=max_context)
+        if on_gpu and _can_be_recorded(loaded.ops)
+        else None
     )
     engine = Engine(
         Runner(loaded, cache, graphs),
