@@ -20,7 +20,9 @@ _COLUMNS_PER_PROGRAM = 1024
 
 
 @triton.jit
-def _count_kernel(experts_ptr, counts_ptr, num_picks, num_experts, PICKS: tl.constexpr, EXPERTS: tl.constexpr):
+def _count_kernel(
+    experts_ptr, counts_ptr, num_picks, num_experts, PICKS: tl.constexpr, EXPERTS: tl.constexpr
+):
     """counts int32 [programs, EXPERTS]: how many of a program's picks each expert has."""
     picks = tl.program_id(0) * PICKS + tl.arange(0, PICKS)
     experts = tl.load(experts_ptr + picks, mask=picks < num_picks, other=-1).to(tl.int32)
