@@ -7,7 +7,7 @@ import torch
 
 import kernels.reference as reference
 from kernels.bench_cases import LAYOUT, Maker, Problem, Setting
-from kernels.bench_timing import Call, sets_beyond_cache
+from kernels.bench_timing import Call
 from kernels.testing import SOFTMAX_SCALE, Case, difference, make_case, spread_slots
 
 DIM = LAYOUT.latent_dim + LAYOUT.rope_dim
@@ -33,7 +33,7 @@ def _prefill(setting: Setting, *, heads: int, topk: int, num_rows: int, context:
     )
     slots = spread_slots(case, topk, seed=0)
     calls = setting.calls(
-        lambda ops, _: ops.sparse_mla(case.q, case.latent_pages, slots, SOFTMAX_SCALE, LAYOUT)
+        "sparse_mla", lambda ops, _: ops.sparse_mla(case.q, case.latent_pages, slots, SOFTMAX_SCALE, LAYOUT)
     )
     if setting.flash_mla:
         calls["FlashMLA"] = _flash_prefill(setting, case, slots)
@@ -59,14 +59,15 @@ def _decode(setting: Setting, *, heads: int, topk: int, batch: int, requests: in
         device=str(setting.device),
         kinds=("latent",),
     )
-    sets = sets_beyond_cache(batch * topk * LAYOUT.latent_row_bytes)
+    sets = setting.sets(batch * topk * LAYOUT.latent_row_bytes)
     slots, queries = [], []
     for number in range(sets):
         rows = [(number * batch + row) % requests for row in range(batch)]
         slots.append(spread_slots(case, topk, seed=number)[rows].contiguous())
         queries.append(case.q[rows].contiguous())
     calls = setting.calls(
-        lambda ops, i: ops.sparse_mla(queries[i], case.latent_pages, slots[i], SOFTMAX_SCALE, LAYOUT)
+        "sparse_mla",
+        lambda ops, i: ops.sparse_mla(queries[i], case.latent_pages, slots[i], SOFTMAX_SCALE, LAYOUT),
     )
     if setting.flash_mla:
         calls["FlashMLA"] = _flash_decode(setting, queries, case.latent_pages, slots)

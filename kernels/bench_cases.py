@@ -4,6 +4,7 @@ A problem is made when its turn comes, from the generators of kernels.testing, a
 queries and contiguous keys or latents that our operator has to make itself.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from kernels.bench_timing import Call
+from kernels.bench_timing import Call, sets_beyond_cache
 from kernels.dispatch import Ops
 from kernels.testing import LAYOUTS
 
@@ -32,9 +33,17 @@ class Setting:
     def dtype(self) -> torch.dtype:
         return torch.float32 if self.device.type == "cpu" else torch.bfloat16
 
-    def calls(self, call: Callable[[Ops, int], object]) -> dict[str, Call]:
-        """The same call for every back end."""
-        return {name: lambda number, ops=ops: call(ops, number) for name, ops in self.back_ends.items()}
+    def sets(self, num_bytes: float) -> int:
+        """How many sets of inputs take turns, if each has so many bytes."""
+        return 2 if self.small else sets_beyond_cache(num_bytes)
+
+    def having(self, operator: str) -> dict[str, Ops]:
+        """The back ends that have an operator."""
+        return {name: ops for name, ops in self.back_ends.items() if hasattr(ops, operator)}
+
+    def calls(self, operator: str, call: Callable[[Ops, int], object]) -> dict[str, Call]:
+        """The same call for every back end that has the operator."""
+        return {name: functools.partial(call, ops) for name, ops in self.having(operator).items()}
 
 
 @dataclass(frozen=True)

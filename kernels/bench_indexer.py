@@ -7,7 +7,7 @@ import torch
 
 import kernels.reference as reference
 from kernels.bench_cases import LAYOUT, Maker, Problem, Setting
-from kernels.bench_timing import Call, sets_beyond_cache
+from kernels.bench_timing import Call
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
 from kernels.testing import REFERENCE, Case, make_case
@@ -33,7 +33,7 @@ def problems(setting: Setting) -> Iterator[Maker]:
 def _prefill(setting: Setting, *, heads: int, topk: int, num_rows: int, context: int) -> Problem:
     case = _case(setting, [context], [num_rows], heads)
     pairs = num_rows * (2 * context - num_rows + 1) / 2  # of a row and a token that it sees
-    calls = setting.calls(functools.partial(_select, [case], topk))
+    calls = setting.calls("select_tokens", functools.partial(_select, [case], topk))
     if setting.deep_gemm:
         calls["DeepGEMM + torch.topk"] = _deep_gemm_prefill(setting, case, topk)
     return Problem(
@@ -52,9 +52,9 @@ def _decode(setting: Setting, *, heads: int, topk: int, batch: int, context: int
     requests = max(batch, pool // context)
     everything = _case(setting, [context] * requests, [1] * requests, heads)
     num_bytes = batch * context * LAYOUT.index_page_bytes / PAGE_SIZE
-    sets = min(sets_beyond_cache(num_bytes), max(1, requests // batch))
+    sets = min(setting.sets(num_bytes), max(1, requests // batch))
     cases = [everything.only(range(number * batch, (number + 1) * batch)) for number in range(sets)]
-    calls = setting.calls(functools.partial(_select, cases, topk))
+    calls = setting.calls("select_tokens", functools.partial(_select, cases, topk))
     if setting.deep_gemm:
         calls["DeepGEMM + torch.topk"] = _deep_gemm_decode(setting, cases, topk)
     return Problem(
@@ -106,8 +106,7 @@ def _deep_gemm_prefill(setting: Setting, case: Case, topk: int) -> Call:
 
     def call(_: int) -> torch.Tensor:
         logits = package.fp8_mqa_logits(values, (keys, scales), weights, starts, ends, clean_logits=True)
-        picks = logits.topk(topk, dim=1, sorted=False).indices
-        return picks
+        return logits.topk(topk, dim=1, sorted=False).indices
 
     return call
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 import kernels.reference as reference
 from kernels.bench_cases import Maker, Problem, Setting
-from kernels.bench_timing import Call, sets_beyond_cache
+from kernels.bench_timing import Call
 from kernels.dispatch import Ops, QuantizedRows
 from kernels.testing import ExpertsCase, LinearCase, difference, make_experts_case, make_linear_case
 
@@ -38,14 +38,16 @@ def problems(setting: Setting) -> Iterator[Maker]:
 
 def _linear(setting: Setting, *, rows: int, outputs: int, inputs: int) -> Problem:
     num_bytes = outputs * inputs + rows * (inputs + 2 * outputs)
-    sets = sets_beyond_cache(num_bytes)
+    sets = setting.sets(num_bytes)
     cases = [
         make_linear_case(rows, outputs, inputs, seed=n, dtype=setting.dtype, device=str(setting.device))
         for n in range(sets)
     ]
     calls = dict[str, Call]()
-    for name, ops in setting.back_ends.items():
-        calls[name] = _fp8_linear(ops, cases)
+    quantize = next(iter(setting.having("swiglu_quantized").values()))
+    quantized = [_quantized(quantize, case) for case in cases]
+    for name, ops in setting.having("fp8_linear").items():
+        calls[name] = _fp8_linear(ops, cases, quantized)
     if setting.deep_gemm:
         calls["DeepGEMM"] = _deep_gemm_linear(setting, cases)
     if setting.device.type == "cuda" and rows > 1:  # it refuses one row
@@ -67,8 +69,7 @@ def _quantized(ops: Ops, case: LinearCase) -> QuantizedRows:
     return ops.swiglu_quantized(torch.full_like(case.x, 64.0), case.x / 64)
 
 
-def _fp8_linear(ops: Ops, cases: list[LinearCase]) -> Call:
-    rows = [_quantized(ops, case) for case in cases]
+def _fp8_linear(ops: Ops, cases: list[LinearCase], rows: list[QuantizedRows]) -> Call:
     weights = [ops.prepare_fp8_weight(case.weight, case.scale_inv) for case in cases]
     return lambda number: ops.fp8_linear(rows[number], weights[number])
 
@@ -129,7 +130,7 @@ def _experts(
         tokens, experts, picks, channels, inner, seed=0, dtype=setting.dtype, device=str(setting.device)
     )
     calls = dict[str, Call]()
-    for name, ops in setting.back_ends.items():
+    for name, ops in setting.having("expert_mlp").items():
         calls[name] = _expert_mlp(ops, case)
     if setting.deep_gemm:
         calls["DeepGEMM products"] = _deep_gemm_experts(setting, case)

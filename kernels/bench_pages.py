@@ -26,7 +26,7 @@ def _pack(setting: Setting, *, layers: int, num_pages: int, shipped: int) -> Pro
     order = torch.randperm(num_pages, generator=torch.Generator().manual_seed(0)).tolist()
     sets = num_pages // shipped
     page_ids = [order[number * shipped : (number + 1) * shipped] for number in range(sets)]
-    calls = setting.calls(lambda ops, i: ops.pack_pages(pages, (0, layers), page_ids[i]))
+    calls = setting.calls("pack_pages", lambda ops, i: ops.pack_pages(pages, (0, layers), page_ids[i]))
     if setting.device.type == "cuda":
         calls["torch"] = lambda i: reference.pack_pages(pages, (0, layers), page_ids[i])
     packed = layers * shipped * LAYOUT.latent_page_bytes

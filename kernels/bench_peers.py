@@ -34,7 +34,8 @@ def _load_interface(path: Path) -> ModuleType:
     stubs["vllm"].__path__ = []
     present = {name: sys.modules[name] for name in stubs if name in sys.modules}
     spec = importlib.util.spec_from_file_location("flash_mla", path)
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules.update(stubs)
     try:

@@ -80,9 +80,9 @@ def _graph(call: Call, sets: int) -> Callable[[], None]:
 
 
 def _rounds(run: Callable[[], None], seconds: Callable[[Callable[[], None]], float]) -> float:
-    """Median over at least five runs, or as many as MEASURED_SECONDS take."""
+    """Median over at least three runs, or as many as MEASURED_SECONDS take."""
     first = seconds(run)
-    count = max(5, min(100, int(MEASURED_SECONDS / max(first, 1e-6))))
+    count = max(3, min(100, int(MEASURED_SECONDS / max(first, 1e-6))))
     return statistics.median(seconds(run) for _ in range(count))
 
 

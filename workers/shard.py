@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import torch
 
+from kernels import dispatch
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
 from workers import memory
@@ -51,10 +52,15 @@ def load_shard(model: Path, config: EngineConfig, group: Group = ALONE, *, ops: 
         loaded.layout, num_layers=num_layers, num_pages=num_pages + spare, device=config.device
     )
     graphs = None
-    if on_gpu and not group.shares_rows:
+    if on_gpu and not group.shares_rows and _can_be_recorded(loaded.ops):
         context = max_context(loaded.config, config, num_pages)
         graphs = DecodeGraphs(loaded, cache, max_rows=config.max_running, max_context=context)
     return Shard(loaded, cache, Runner(loaded, cache, graphs), num_pages)
+
+
+def _can_be_recorded(ops: Ops) -> bool:
+    """The reference lets the host look at positions before it selects, which no graph can hold."""
+    return ops.select_tokens is not dispatch.select("reference").select_tokens
 
 
 def max_context(model: ModelConfig, config: EngineConfig, num_pages: int) -> int:

@@ -1,6 +1,5 @@
 """Sparse MLA by FlashMLA: its decode kernel on FP8 pages for few rows, its prefill kernel on bf16 latents for many."""
 
-import functools
 from typing import Any
 
 import flash_mla
@@ -11,6 +10,8 @@ from kernels.layout import PAGE_SIZE, CacheLayout
 
 DECODE_ROWS = 256  # more rows are faster with the prefill kernel, gathering included
 WORKSPACE_TOKENS = 2**20  # latents in bf16 at a time: 1.2 GB
+
+_schedules = dict[tuple[tuple[int, int, int], torch.device], Any]()
 
 
 def sparse_mla(
@@ -43,7 +44,7 @@ def _decode(
         None,
         None,
         layout.latent_dim,
-        _schedule(len(q), q.shape[1], slots.shape[1], q.device),
+        _schedule((len(q), q.shape[1], slots.shape[1]), q.device),
         softmax_scale=softmax_scale,
         is_fp8_kvcache=True,
         indices=valid_slots(slots, len(latent_pages) * PAGE_SIZE).unsqueeze(1),
@@ -51,19 +52,17 @@ def _decode(
     return out.squeeze(1), lse.squeeze(2)
 
 
-def _schedule(num_rows: int, heads: int, topk: int, device: torch.device) -> Any:
+def _schedule(shape: tuple[int, int, int], device: torch.device) -> Any:
     """How the work is spread over the chip: without lengths it depends on shapes alone, so that all layers and steps share it.
 
-    One that is made while a CUDA graph is captured belongs to that graph.
+    shape: rows, heads, topk. One that is made while a CUDA graph is captured belongs to that graph and is not kept.
     """
-    if torch.cuda.is_current_stream_capturing():
-        return flash_mla.get_mla_metadata()[0]
-    return _kept_schedule(num_rows, heads, topk, device)
-
-
-@functools.cache
-def _kept_schedule(num_rows: int, heads: int, topk: int, device: torch.device) -> Any:
-    return flash_mla.get_mla_metadata()[0]
+    kept = _schedules.get((shape, device))
+    if kept is None:
+        kept = flash_mla.get_mla_metadata()[0]
+        if not torch.cuda.is_current_stream_capturing():
+            _schedules[shape, device] = kept
+    return kept
 
 
 def _prefill(

@@ -3,6 +3,13 @@
 from kernels.triton_ops.cache import read_latents, rotate_latents, write_latents
 from kernels.triton_ops.experts import expert_mlp, prepare_experts
 from kernels.triton_ops.gate import choose_experts
+from kernels.triton_ops.indexer import (
+    hadamard,
+    index_scores,
+    read_index_keys,
+    select_tokens,
+    write_index_keys,
+)
 from kernels.triton_ops.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
 from kernels.triton_ops.mla import dense_mla, sparse_mla
 from kernels.triton_ops.norm import (
@@ -14,8 +21,15 @@ from kernels.triton_ops.norm import (
     swiglu_quantized,
 )
 from kernels.triton_ops.quant import dequantize_blocks, dequantize_weight, quantize_blocks, quantize_weight
+from kernels.triton_ops.topk import top_k
 
 __all__ = [
+    "hadamard",
+    "index_scores",
+    "read_index_keys",
+    "select_tokens",
+    "top_k",
+    "write_index_keys",
     "dense_mla",
     "read_latents",
     "rotate_latents",
@@ -24,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantized",
     "choose_experts",
+    "dense_mla",
     "dequantize_blocks",
     "dequantize_weight",
     "expert_mlp",
@@ -35,7 +50,11 @@ __all__ = [
     "prepare_fp8_weight",
     "quantize_blocks",
     "quantize_weight",
+    "read_latents",
     "rms_norm",
+    "rotate_latents",
+    "sparse_mla",
     "swiglu",
     "swiglu_quantized",
+    "write_latents",
 ]

@@ -34,7 +34,9 @@ class Tiling(NamedTuple):
     splits: int
     stages: int
     warps: int
-    transposed: bool  # weights are the left operand, whose tiles cannot be narrower than 64: right for few rows
+    transposed: (
+        bool  # weights are the left operand, whose tiles cannot be narrower than 64: right for few rows
+    )
 
 
 @triton.jit

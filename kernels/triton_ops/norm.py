@@ -57,7 +57,11 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, channels, eps, stri
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / channels + eps)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    tl.store(out_ptr + row * channels + columns, (centred * scale * weight + bias).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row * channels + columns,
+        (centred * scale * weight + bias).to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -158,7 +162,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         _check_rows(x)
         block = triton.next_power_of_2(channels)
         warps = min(8, max(1, block // 1024))
-        _layer_norm_kernel[(num_rows,)](x, weight, bias, out, channels, eps, x.stride(0), BLOCK=block, num_warps=warps)
+        _layer_norm_kernel[(num_rows,)](
+            x, weight, bias, out, channels, eps, x.stride(0), BLOCK=block, num_warps=warps
+        )
     return out
 
 

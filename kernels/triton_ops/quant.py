@@ -46,7 +46,15 @@ def block_indices(num_rows, num_blocks, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, values_ptr, scales_ptr, num_rows, channels, x_stride, row_stride, block_stride, BLOCKS: tl.constexpr
+    x_ptr,
+    values_ptr,
+    scales_ptr,
+    num_rows,
+    channels,
+    x_stride,
+    row_stride,
+    block_stride,
+    BLOCKS: tl.constexpr,
 ):
     """x [T, D] -> values [T, D], contiguous, and scales [T, ceil(D / 128)]."""
     rows, blocks, exist = block_indices(num_rows, tl.cdiv(channels, 128), BLOCKS)
@@ -59,7 +67,9 @@ def _quantize_kernel(
 
 
 @triton.jit
-def _dequantize_kernel(values_ptr, scales_ptr, out_ptr, num_rows, channels, values_stride, BLOCKS: tl.constexpr):
+def _dequantize_kernel(
+    values_ptr, scales_ptr, out_ptr, num_rows, channels, values_stride, BLOCKS: tl.constexpr
+):
     """values [T, D], scales [T, ceil(D / 128)], contiguous -> out fp32 [T, D], contiguous."""
     num_blocks = tl.cdiv(channels, 128)
     rows, blocks, exist = block_indices(num_rows, num_blocks, BLOCKS)
