@@ -26,7 +26,9 @@ FLOAT = (torch.randn(EXPERTS, 2, CHANNELS, HIDDEN) / 16, torch.randn(EXPERTS, HI
 def quantize_experts(matrices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """float [..., N, K] -> e4m3 and scales, matrix by matrix."""
     pairs = [quantize_weight(matrix) for matrix in matrices.flatten(0, -3)]
-    values, scales = (torch.stack(part).unflatten(0, matrices.shape[:-2]) for part in zip(*pairs, strict=True))
+    values, scales = (
+        torch.stack(part).unflatten(0, matrices.shape[:-2]) for part in zip(*pairs, strict=True)
+    )
     return values, scales
 
 
@@ -46,7 +48,10 @@ def test_a_token_goes_through_its_experts(fp8: bool, read: Callable[[torch.Tenso
     gate_up, down = FLOAT
     if fp8:
         stored = (*quantize_experts(gate_up), *quantize_experts(down))
-        flat = [dequantize_weight(*pair) for pair in zip(stored[0].flatten(0, 1), stored[1].flatten(0, 1), strict=True)]
+        flat = [
+            dequantize_weight(*pair)
+            for pair in zip(stored[0].flatten(0, 1), stored[1].flatten(0, 1), strict=True)
+        ]
         gate_up = torch.stack(flat).view_as(gate_up)
         down = torch.stack([dequantize_weight(*pair) for pair in zip(*stored[2:], strict=True)])
         prepared = prepare_experts(*stored)
@@ -86,7 +91,9 @@ def test_experts_elsewhere_add_nothing(absent: int) -> None:
 
 def test_no_tokens() -> None:
     prepared = prepare_experts(FLOAT[0], None, FLOAT[1], None)
-    out = expert_mlp(torch.empty(0, HIDDEN), torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2), prepared)
+    out = expert_mlp(
+        torch.empty(0, HIDDEN), torch.empty(0, 2, dtype=torch.int32), torch.empty(0, 2), prepared
+    )
     assert out.shape == (0, HIDDEN)
 
 
@@ -95,9 +102,7 @@ def test_no_tokens() -> None:
 
 def choose(logits: torch.Tensor, bias: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Eight experts in four groups, two groups kept, two experts a token; the logits are the input itself."""
-    return choose_experts(
-        logits, torch.eye(8), bias, num_groups=4, kept_groups=2, num_chosen=2, scale=2.5
-    )
+    return choose_experts(logits, torch.eye(8), bias, num_groups=4, kept_groups=2, num_chosen=2, scale=2.5)
 
 
 @given(

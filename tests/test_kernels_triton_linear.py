@@ -16,7 +16,9 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
 TOLERANCE = 1e-5  # bf16 outputs: half of (2^-9)^2 and room for products that fall to the other side
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, where hardware gives infinity or NaN
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # numpy's, where hardware gives infinity or NaN
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")]
 
 
@@ -52,7 +54,9 @@ def assert_same_rows(actual: QuantizedRows, expected: QuantizedRows) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(5, 3, 256), (7, 200), (1, 128), (0, 128)])
-def test_blocks_have_the_bits_of_the_reference(ops: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_blocks_have_the_bits_of_the_reference(
+    ops: ModuleType, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     x = random(*shape, dtype=dtype) * torch.logspace(-6, 6, shape[-1], device=DEVICE).to(dtype)
     for actual, expected in zip(ops.quantize_blocks(x), reference.quantize_blocks(x), strict=True):
         assert_same_bits(actual, expected)
@@ -126,7 +130,9 @@ def test_fp8_linear_promotes_after_each_block_of_128_channels(ops: ModuleType) -
     x = random(5, 256, dtype=torch.float32) * torch.tensor([1.0, 1e-3], device=DEVICE).repeat_interleave(128)
     weight = fp8_weight(128, 256)
     expected = reference.fp8_linear(x, reference.prepare_fp8_weight(*weight))
-    assert difference(ops.fp8_linear(x, ops.prepare_fp8_weight(*weight)), expected) < 1e-7  # FP8 units sum with 14 bits
+    assert (
+        difference(ops.fp8_linear(x, ops.prepare_fp8_weight(*weight)), expected) < 1e-7
+    )  # FP8 units sum with 14 bits
 
 
 def test_no_rows(ops: ModuleType) -> None:
@@ -184,7 +190,9 @@ def test_norms(ops: ModuleType, shape: tuple[int, int], dtype: torch.dtype) -> N
     weight, bias = random(shape[1], dtype=torch.float32) + 2, random(shape[1], dtype=torch.float32)
     close = 1e-12 if dtype == torch.float32 else TOLERANCE
     assert difference(ops.rms_norm(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6)) < close
-    assert difference(ops.layer_norm(x, weight, bias, 1e-6), reference.layer_norm(x, weight, bias, 1e-6)) < close
+    assert (
+        difference(ops.layer_norm(x, weight, bias, 1e-6), reference.layer_norm(x, weight, bias, 1e-6)) < close
+    )
     normed, total, rows = ops.add_rms_norm_quantized(x, residual, weight, 1e-6)
     expected, expected_total = reference.add_rms_norm(x, residual, weight, 1e-6)
     assert difference(normed, expected) < close

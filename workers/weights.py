@@ -159,7 +159,9 @@ class _Stack:
     def put(self, place: tuple[int, ...], weight: torch.Tensor, scale_inv: torch.Tensor | None) -> None:
         if self._empty:
             self.weight = weight.new_empty(*self._counts, *weight.shape)
-            self.scale_inv = None if scale_inv is None else scale_inv.new_empty(*self._counts, *scale_inv.shape)
+            self.scale_inv = (
+                None if scale_inv is None else scale_inv.new_empty(*self._counts, *scale_inv.shape)
+            )
             self._empty = False
         self.weight[place].copy_(weight)
         if self.scale_inv is not None and scale_inv is not None:

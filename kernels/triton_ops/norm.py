@@ -57,7 +57,11 @@ def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, channels, eps, stri
     scale = tl.rsqrt(tl.sum(centred * centred, 0) / channels + eps)
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
     bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    tl.store(out_ptr + row * channels + columns, (centred * scale * weight + bias).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(
+        out_ptr + row * channels + columns,
+        (centred * scale * weight + bias).to(out_ptr.dtype.element_ty),
+        mask=mask,
+    )
 
 
 @triton.jit
@@ -112,7 +116,7 @@ def add_rms_norm_quantized(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]:
     normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    rows = new_rows(*x.shape, x.dtype, x.device)
+    rows = new_rows(x.shape, x.dtype, x.device)
     _rms_norm(x, residual, weight, eps, normed, total, rows)
     return normed, total, rows
 
@@ -158,7 +162,9 @@ def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: f
         _check_rows(x)
         block = triton.next_power_of_2(channels)
         warps = min(8, max(1, block // 1024))
-        _layer_norm_kernel[(num_rows,)](x, weight, bias, out, channels, eps, x.stride(0), BLOCK=block, num_warps=warps)
+        _layer_norm_kernel[(num_rows,)](
+            x, weight, bias, out, channels, eps, x.stride(0), BLOCK=block, num_warps=warps
+        )
     return out
 
 
@@ -169,14 +175,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_quantized(gate: torch.Tensor, up: torch.Tensor) -> QuantizedRows:
-    rows = new_rows(*gate.shape, gate.dtype, gate.device)
+    rows = new_rows(gate.shape, gate.dtype, gate.device)
     _swiglu(gate, up, rows.values, rows.scales)
     return rows
 
 
 def swiglu_of_tiles(gate: torch.Tensor, up: torch.Tensor, matrices: torch.Tensor) -> QuantizedRows:
     """swiglu_quantized of those tiles of rows that have a matrix: matrices int32 [tiles], -1 for none."""
-    rows = new_rows(*gate.shape, gate.dtype, gate.device)
+    rows = new_rows(gate.shape, gate.dtype, gate.device)
     _swiglu(gate, up, rows.values, rows.scales, matrices)
     return rows
 
