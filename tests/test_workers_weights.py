@@ -118,7 +118,9 @@ def test_experts_must_be_alike(folder: Path) -> None:
                 tensors[name] = tensors[name].bfloat16()
 
     rewrite(folder, make_plain)
-    with pytest.raises(CheckpointError, match=r"some matrices of .*experts\.2\.\* and .* all or none must be"):
+    with pytest.raises(
+        CheckpointError, match=r"some matrices of .*experts\.2\.\* and .* all or none must be"
+    ):
         load_model(folder, EngineConfig())
 
 

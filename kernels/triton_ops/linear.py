@@ -79,10 +79,7 @@ def fp8_product_kernel(
     first = tl.program_id(2) * blocks_per_split  # beyond the last block of channels everything reads as zero
     x_scales_ptrs = x_scales_ptr + rows * scale_row_stride
     weight_scales_ptrs = weight_scales_ptr + weight_row // 128 * weight_scale_stride
-    if TRANSPOSED:
-        total = tl.zeros((COLUMNS, ROWS), tl.float32)
-    else:
-        total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    total = tl.zeros((COLUMNS, ROWS) if TRANSPOSED else (ROWS, COLUMNS), tl.float32)
     for index in range(blocks_per_split):
         block = first + index
         x = x_desc.load([row, block * 128])

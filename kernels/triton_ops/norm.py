@@ -116,7 +116,7 @@ def add_rms_norm_quantized(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]:
     normed, total = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    rows = new_rows(*x.shape, x.dtype, x.device)
+    rows = new_rows(x.shape, x.dtype, x.device)
     _rms_norm(x, residual, weight, eps, normed, total, rows)
     return normed, total, rows
 
@@ -175,14 +175,14 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
 
 
 def swiglu_quantized(gate: torch.Tensor, up: torch.Tensor) -> QuantizedRows:
-    rows = new_rows(*gate.shape, gate.dtype, gate.device)
+    rows = new_rows(gate.shape, gate.dtype, gate.device)
     _swiglu(gate, up, rows.values, rows.scales)
     return rows
 
 
 def swiglu_of_tiles(gate: torch.Tensor, up: torch.Tensor, matrices: torch.Tensor) -> QuantizedRows:
     """swiglu_quantized of those tiles of rows that have a matrix: matrices int32 [tiles], -1 for none."""
-    rows = new_rows(*gate.shape, gate.dtype, gate.device)
+    rows = new_rows(gate.shape, gate.dtype, gate.device)
     _swiglu(gate, up, rows.values, rows.scales, matrices)
     return rows
 

@@ -1,5 +1,7 @@
 """FP8 e4m3 with power-of-two scales, bit for bit as the reference has it. Knows nothing of matrix products or caches."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -115,14 +117,15 @@ def quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def quantize_rows(x: torch.Tensor) -> QuantizedRows:
     """x [T, K] -> what the FP8 products read."""
     flat = _rows_of(x)
-    rows = new_rows(*flat.shape, x.dtype, x.device)
+    rows = new_rows(flat.shape, x.dtype, x.device)
     _quantize(flat, rows.values, rows.scales)
     return rows
 
 
-def new_rows(num_rows: int, channels: int, dtype: torch.dtype, device: torch.device) -> QuantizedRows:
+def new_rows(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> QuantizedRows:
     """Room for QuantizedRows as cuBLAS wants them: a multiple of ROW_MULTIPLE rows is allocated, and the scales of one block
     of channels lie side by side."""
+    num_rows, channels = shape
     allocated = num_rows + -num_rows % ROW_MULTIPLE
     values = torch.empty(allocated, channels, dtype=torch.float8_e4m3fn, device=device)
     scales = torch.empty(triton.cdiv(channels, QUANT_BLOCK), allocated, dtype=torch.float32, device=device)
@@ -134,7 +137,7 @@ def allocated_rows(rows: QuantizedRows) -> QuantizedRows:
     num_rows, channels = rows.values.shape
     allocated = num_rows + -num_rows % ROW_MULTIPLE
     if rows.scales.stride() != (1, allocated):
-        room = new_rows(num_rows, channels, rows.dtype, rows.values.device)
+        room = new_rows((num_rows, channels), rows.dtype, rows.values.device)
         room.values.copy_(rows.values)
         room.scales.copy_(rows.scales)
         rows = room
