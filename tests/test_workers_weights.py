@@ -107,6 +107,21 @@ def test_layers_that_are_multiplied_as_one_must_be_alike(folder: Path) -> None:
         load_model(folder, EngineConfig())
 
 
+def test_experts_must_be_alike(folder: Path) -> None:
+    """All experts of a layer are one tensor."""
+
+    def make_plain(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.1.mlp.experts.2.")]:
+            if name.endswith("_scale_inv"):
+                del tensors[name]
+            else:
+                tensors[name] = tensors[name].bfloat16()
+
+    rewrite(folder, make_plain)
+    with pytest.raises(CheckpointError, match=r"some matrices of .*experts\.2\.\* and .* all or none must be"):
+        load_model(folder, EngineConfig())
+
+
 def wrong(folder: Path, name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
     rewrite(folder, lambda tensors: tensors.update({name: make(tensors[name])}))
 

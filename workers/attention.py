@@ -46,7 +46,7 @@ class Indexer:
         heads = query.unflatten(-1, (-1, self._config.index_head_dim))
         rotated = self._rotate(torch.cat((heads, self._key_norm(key).unsqueeze(1)), dim=1), rope)
         self._ops.write_index_keys(pages, slots, rotated[:, -1], self._layout)
-        weights = self._ops.linear(x.float(), self._weights) * self._weight_scale
+        weights = self._ops.linear(x, self._weights, torch.float32) * self._weight_scale
         return self._ops.select_tokens(
             rotated[:, :-1], weights, pages, rows, self._config.index_topk, self._layout
         )
