@@ -16,4 +16,5 @@ class EngineConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     precision: Literal["fp8", "fp32"] = "fp8"  # fp32: dequantised weights and unquantised caches
     attention: Literal["absorbed", "unabsorbed"] = "absorbed"
     device: str = "cpu"
+    kernels: str | None = None  # back end, or "OPERATOR=BACK END, ..."; None: the best there is for the device
     threads: int | None = None  # CPU threads of the engine; None: torch's default, in Ray num_cpus
