@@ -22,49 +22,32 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from kernels.layout import PAGE_SIZE, CacheLayout
+from kernels.triton_ops.mla_hopper_fill import (
+    HALF,
+    ROPE,
+    TOKENS,
+    empty_left,
+    empty_right,
+    full_left,
+    full_right,
+    produce,
+)
 
 HEAD_TILE = 64
 MIN_HEADS = 17  # fewer fill a tile of 16 (mla_tiles), and then reading is all that takes time
 LATENT_DIM, ROPE_DIM = 512, 64
 
 LATENT = gl.constexpr(LATENT_DIM)
-HALF = gl.constexpr(LATENT_DIM // 2)
-ROPE = gl.constexpr(ROPE_DIM)
 HEADS = gl.constexpr(HEAD_TILE)
-TOKENS = gl.constexpr(PAGE_SIZE)
-ROW_WORDS = gl.constexpr(164)  # 656 bytes
-SCALE_WORD = gl.constexpr(128)
-KEY_WORD = gl.constexpr(132)
-QUARTER_WORDS = gl.constexpr(32)  # 128 channels that share a scale
 LOWEST = gl.constexpr(-1e30)  # the maximum of nothing: finite, so that weights stay zero
 LN_2 = gl.constexpr(0.6931471805599453)
 
 OUT_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 256, 16]))
 LOGITS_LAYOUT = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
-WORDS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 ROWS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 WIDE_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 8], [1, 32], [4, 1], [1, 0]))
 BF16_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 16, 2))
-WORD_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 VECTOR_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-# Four e4m3 become four bf16. An e4m3 shifted into a bf16 is 2^120 times too small, also where it is subnormal.
-DEQUANTIZE = gl.constexpr("""{
-.reg .b32 low, high, sign, factor;
-mov.b32 factor, 0x7B807B80;
-prmt.b32 low, $2, 0, 0x1404;
-prmt.b32 high, $2, 0, 0x3424;
-and.b32 sign, low, 0x80008000;
-shr.u32 low, low, 4;
-lop3.b32 low, low, 0x07F007F0, sign, 0xEA;
-and.b32 sign, high, 0x80008000;
-shr.u32 high, high, 4;
-lop3.b32 high, high, 0x07F007F0, sign, 0xEA;
-mul.rn.bf16x2 low, low, factor;
-mul.rn.bf16x2 high, high, factor;
-mul.rn.bf16x2 $0, low, $3;
-mul.rn.bf16x2 $1, high, $3;
-}""")
 
 
 def fits(q: torch.Tensor, layout: CacheLayout) -> bool:
@@ -186,7 +169,7 @@ def _attend_tile(
         [
             (_left, (buffers, queries, output, count, scale_log2, SPLITS)),
             (_right, (buffers, query_right, output, count)),
-            (_produce, (buffers, words, scales, source, first, end, num_slots, count, DENSE)),
+            (produce, (buffers, words, scales, source, first, end, num_slots, count, DENSE)),
         ],
         [4, 4],
         [160, 128],
@@ -203,26 +186,6 @@ def _load_query(base, shared, first_head, heads, head_stride):
 
 
 @gluon.jit
-def _full_left(bars, buffer):
-    return bars.index(buffer)
-
-
-@gluon.jit
-def _full_right(bars, buffer):
-    return bars.index(2 + buffer)
-
-
-@gluon.jit
-def _empty_left(bars, buffer):
-    return bars.index(4 + buffer)
-
-
-@gluon.jit
-def _empty_right(bars, buffer):
-    return bars.index(6 + buffer)
-
-
-@gluon.jit
 def _logits(queries, buffers, block):
     """Starts the product of the queries and a block's keys, half by half as they arrive."""
     query_left, query_right, query_rope = queries
@@ -230,12 +193,12 @@ def _logits(queries, buffers, block):
     buffer = block & 1
     phase = (block >> 1) & 1
     zeros = gl.zeros([HEADS, TOKENS], gl.float32, LOGITS_LAYOUT)
-    mbarrier.wait(_full_left(bars, buffer), phase)
+    mbarrier.wait(full_left(bars, buffer), phase)
     key = left.index(buffer).permute((1, 0))
     logits = warpgroup_mma(query_left, key, zeros, use_acc=False, is_async=True)
     key = rope.index(buffer).permute((1, 0))
     logits = warpgroup_mma(query_rope, key, logits, is_async=True)
-    mbarrier.wait(_full_right(bars, buffer), phase)
+    mbarrier.wait(full_right(bars, buffer), phase)
     key = right.index(buffer).permute((1, 0))
     return warpgroup_mma(query_right, key, logits, is_async=True)
 
@@ -272,7 +235,7 @@ def _left(buffers, queries, output, count, scale_log2, SPLITS: gl.constexpr):
         acc = warpgroup_mma(operand_weights, left.index(buffer), acc, is_async=True)
         logits = _logits(queries, buffers, block + 1)
         acc = warpgroup_mma_wait(3, deps=[acc])
-        mbarrier.arrive(_empty_left(bars, buffer), count=1)
+        mbarrier.arrive(empty_left(bars, buffer), count=1)
         logits = warpgroup_mma_wait(0, deps=[logits])
         fence_async_shared()
         mbarrier.arrive(weights_full, count=1)
@@ -313,12 +276,12 @@ def _right(buffers, query_right, output, count):
     acc = gl.zeros([HEADS, HALF], gl.float32, OUT_LAYOUT)
     for block in range(count):
         buffer = block & 1
-        mbarrier.wait(_full_right(bars, buffer), (block >> 1) & 1)
+        mbarrier.wait(full_right(bars, buffer), (block >> 1) & 1)
         mbarrier.wait(weights_full, block & 1)
         acc = acc * gl.expand_dims(factors.load(of_out), 1)
         acc = warpgroup_mma(weights, right.index(buffer), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(_empty_right(bars, buffer), count=1)
+        mbarrier.arrive(empty_right(bars, buffer), count=1)
         mbarrier.arrive(weights_empty, count=1)
     mbarrier.wait(weights_full, count & 1)
     acc = acc * gl.expand_dims(factors.load(of_out), 1)
@@ -341,89 +304,3 @@ def _store_half(acc, target, staging, heads):
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))
     offsets = gl.expand_dims(head * LATENT, 1) + gl.expand_dims(channel, 0)
     gl.store(target + offsets, values, mask=gl.expand_dims(head < heads, 1))
-
-
-@gluon.jit
-def _load_slots(source, first, end, block, DENSE: gl.constexpr):
-    """Slots int32 [TOKENS] of a block as they are in memory; of a page table, the page of each."""
-    token = first + block * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, WORDS_LAYOUT))
-    return gl.load(source + (token // TOKENS if DENSE else token), mask=token < end, other=-1)
-
-
-@gluon.jit
-def _checked_slots(loaded, first, end, block, num_slots, DENSE: gl.constexpr):
-    """What _load_slots returned -> slots int32 [TOKENS], -1 where there is no token."""
-    offset = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, WORDS_LAYOUT))
-    slot = loaded * TOKENS + offset if DENSE else loaded
-    inside = first + block * TOKENS + offset < end
-    return gl.where(inside & (slot < num_slots) & (slot >= 0), slot, -1)
-
-
-@gluon.jit
-def _load_words(words, slot, WORD: gl.constexpr):
-    """32 words from WORD on of each row, zeros where there is no token."""
-    column = WORD + gl.arange(0, QUARTER_WORDS, layout=gl.SliceLayout(0, WORDS_LAYOUT))
-    offsets = gl.expand_dims(slot.to(gl.int64) * ROW_WORDS, 1) + gl.expand_dims(column, 0)
-    return gl.load(words + offsets, mask=gl.expand_dims(slot >= 0, 1), other=0)
-
-
-@gluon.jit
-def _load_scale(scales, slot, QUARTER: gl.constexpr):
-    return gl.load(scales + slot.to(gl.int64) * ROW_WORDS + SCALE_WORD + QUARTER, mask=slot >= 0, other=0.0)
-
-
-@gluon.jit
-def _store_quarter(shared, quarter, scale):
-    """128 channels of a block, dequantised, into shared memory. A scale is a power of two and fits a bf16; it is used in pairs."""
-    bits = scale.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-    pair, quarter = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), quarter)
-    low, high = gl.inline_asm_elementwise(
-        DEQUANTIZE, "=&r,=&r,r,r", [quarter, pair], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
-    )
-    shared.store(gl.reshape(gl.join(low, high), [TOKENS, 2 * QUARTER_WORDS]))
-
-
-@gluon.jit
-def _produce(buffers, words, scales, source, first, end, num_slots, count, DENSE: gl.constexpr):
-    """Fills the buffers. Nothing that is loaded is used before the next block: a warp waits where it uses, not where it loads."""
-    left, right, rope, weights, factors, hidden, bars = buffers
-    slot = _checked_slots(_load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
-    next_slots = _load_slots(source, first, end, 1, DENSE)
-    quarter_0 = _load_words(words, slot, 0)
-    quarter_1 = _load_words(words, slot, 32)
-    key = _load_words(words, slot, KEY_WORD)
-    scale_0 = _load_scale(scales, slot, 0)
-    scale_1 = _load_scale(scales, slot, 1)
-    quarter_2 = _load_words(words, slot, 64)
-    quarter_3 = _load_words(words, slot, 96)
-    scale_2 = _load_scale(scales, slot, 2)
-    scale_3 = _load_scale(scales, slot, 3)
-    for block in range(count):
-        buffer = block & 1
-        phase = (block >> 1) & 1
-        left_words = left.index(buffer)._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
-        right_words = right.index(buffer)._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
-        rope_words = rope.index(buffer)._reinterpret(gl.int32, [TOKENS, ROPE // 2], WORD_SHARED)
-        mbarrier.wait(_empty_left(bars, buffer), phase ^ 1)
-        hidden.index(buffer).store(gl.where(slot < 0, float("-inf"), 0.0))
-        _store_quarter(left_words.slice(0, 64, dim=1), quarter_0, scale_0)
-        _store_quarter(left_words.slice(64, 64, dim=1), quarter_1, scale_1)
-        rope_words.store(key)
-        fence_async_shared()
-        mbarrier.arrive(_full_left(bars, buffer), count=1)
-        slot = _checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
-        next_slots = _load_slots(source, first, end, block + 2, DENSE)
-        quarter_0 = _load_words(words, slot, 0)
-        quarter_1 = _load_words(words, slot, 32)
-        key = _load_words(words, slot, KEY_WORD)
-        scale_0 = _load_scale(scales, slot, 0)
-        scale_1 = _load_scale(scales, slot, 1)
-        mbarrier.wait(_empty_right(bars, buffer), phase ^ 1)
-        _store_quarter(right_words.slice(0, 64, dim=1), quarter_2, scale_2)
-        _store_quarter(right_words.slice(64, 64, dim=1), quarter_3, scale_3)
-        fence_async_shared()
-        mbarrier.arrive(_full_right(bars, buffer), count=1)
-        quarter_2 = _load_words(words, slot, 64)
-        quarter_3 = _load_words(words, slot, 96)
-        scale_2 = _load_scale(scales, slot, 2)
-        scale_3 = _load_scale(scales, slot, 3)
