@@ -19,9 +19,9 @@ from kernels.triton_ops.quant import allocated_rows, quantize_rows, weight_block
 _SCALE_ALIGNMENT = 4  # cuBLAS reads a column of weight scales 16 bytes at a time
 _CUBLAS_COLUMNS = 16
 _FEW_ROWS = 64  # up to here reading the matrix is what takes the time
-_FEW_COLUMNS = 4608
-_MANY_COLUMNS = 132 * 2 * 128  # tiles of 128 columns then occupy every multiprocessor twice
-_PROGRAMS = 132 * 3  # so many at once keep the memory busy
+_FEW_TILES = 40  # of 128 x 128
+_MULTIPROCESSORS = 132
+_MANY_COLUMNS = _MULTIPROCESSORS * 2 * 128  # tiles of 128 columns then occupy every multiprocessor twice
 _BLOCKS_WORTH_A_SPLIT = 14  # with fewer, adding up the parts costs more than a split gains
 _ADD_BLOCK = 1024
 
@@ -30,13 +30,11 @@ class Tiling(NamedTuple):
     """How the own kernel cuts a product: tiles of rows x columns, and into how many parts the channels."""
 
     rows: int
-    columns: int
+    columns: int  # 64 or 128: a tile has one weight scale for each block of channels
     splits: int
     stages: int
     warps: int
-    transposed: (
-        bool  # weights are the left operand, whose tiles cannot be narrower than 64: right for few rows
-    )
+    transposed: bool  # weights as the left operand, which cannot be lower than 64 rows: for few activations
 
 
 @triton.jit
@@ -136,18 +134,19 @@ def fp8_linear(x: torch.Tensor | QuantizedRows, weight: Fp8Weight) -> torch.Tens
 
 
 def _cublas_is_faster(num_rows: int, num_columns: int) -> bool:
-    """cuBLAS does not split the channels: matrices with few columns leave it too few tiles until there are many rows."""
-    fits = num_columns % _CUBLAS_COLUMNS == 0
-    return fits and num_rows > (_FEW_ROWS if num_columns > _FEW_COLUMNS else 2 * _FEW_ROWS)
+    """cuBLAS does not split the channels: as long as there are few tiles, most multiprocessors would have nothing to do."""
+    tiles = triton.cdiv(num_rows, 128) * triton.cdiv(num_columns, 128)
+    return num_rows > _FEW_ROWS and tiles > _FEW_TILES and num_columns % _CUBLAS_COLUMNS == 0
 
 
 def tiling_of(num_rows: int, num_columns: int, channels: int) -> Tiling:
-    """The fastest of those tried on an H200 for 1 to 128 rows and the model's matrices (docs/kernels.md)."""
+    """The fastest of those tried on an H200 for 1 to 256 rows and the model's matrices (docs/kernels.md)."""
     few = num_rows <= _FEW_ROWS
     rows = max(16, triton.next_power_of_2(num_rows)) if few else 128
-    columns = 128 if rows == 128 or rows == 64 and num_columns >= _MANY_COLUMNS else 64
+    columns = 128 if rows == 128 or (rows == 64 and num_columns >= _MANY_COLUMNS) else 64
     tiles = triton.cdiv(num_columns, columns) * triton.cdiv(num_rows, rows)
-    splits = max(1, min(_PROGRAMS // tiles, channels // QUANT_BLOCK // _BLOCKS_WORTH_A_SPLIT))
+    programs = _MULTIPROCESSORS * (3 if few else 1)  # as many as fit at once, for the memory to be busy
+    splits = max(1, min(programs // tiles, channels // QUANT_BLOCK // _BLOCKS_WORTH_A_SPLIT))
     stages = 3 if rows == 64 and columns == 128 else 4
     return Tiling(rows, columns, splits, stages, warps=4 if few else 8, transposed=few)
 
