@@ -239,7 +239,7 @@ def test_reference_rotates_latents_as_its_parts_do() -> None:
         )
         rope = (angles.cos(), angles.sin())
         roped_key = rotate_neighbours(key.unsqueeze(1), *rope).squeeze(1)
-        reference.write_latents(expected, slots, RMSNorm(weight, 1e-6)(latent), roped_key, layout)
+        reference.write_latents(expected, slots, RMSNorm(weight, 1e-6, reference)(latent), roped_key, layout)
         assert torch.equal(roped, rotate_neighbours(query, *rope))
         assert torch.equal(pages, expected)
 
