@@ -70,7 +70,7 @@ def test_a_long_life(max_rows: int) -> None:
             continue
         random.shuffle(running)
         batch = [Scheduled(one, len(one.tokens) - 1, 1) for one in running]
-        bucket, _ = table_of.fill(batch)
+        bucket, _ = table_of.fill(batch, len(batch))
         assert bucket == next(size for size in buckets(max_rows) if size >= len(batch))
         check(inputs, table, bucket, batch)
 
@@ -79,13 +79,13 @@ def test_only_new_pages_are_written() -> None:
     table_of, _, table = seats(4)
     one, two = request(1, 100), request(2, 64)
     batch = [Scheduled(one, 99, 1), Scheduled(two, 63, 1)]
-    assert table_of.fill(batch)[1]
+    assert table_of.fill(batch, len(batch))[1]
     table[:] = -7
-    assert not table_of.fill(batch)[1]
+    assert not table_of.fill(batch, len(batch))[1]
     assert (table == -7).all()
     two.tokens.append(5)
     two.pages += [42]
-    assert table_of.fill([Scheduled(two, 64, 1), Scheduled(one, 99, 1)])[1]
+    assert table_of.fill([Scheduled(two, 64, 1), Scheduled(one, 99, 1)], 2)[1]
     assert (table == 42).sum() == 1
     assert (table == -7).sum() == table.size - 1
 
@@ -93,8 +93,8 @@ def test_only_new_pages_are_written() -> None:
 def test_a_smaller_batch_moves_into_a_smaller_graph() -> None:
     table_of, inputs, table = seats(8)
     requests = [request(number, 70) for number in range(8)]
-    table_of.fill([Scheduled(one, 69, 1) for one in requests])
+    table_of.fill([Scheduled(one, 69, 1) for one in requests], len(requests))
     last = [Scheduled(requests[7], 69, 1)]
-    bucket, changed = table_of.fill(last)
+    bucket, changed = table_of.fill(last, len(last))
     assert (bucket, changed) == (1, True)
     check(inputs, table, bucket, last)
