@@ -85,8 +85,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                 )
         for role in ("prefill", "decode"):
             config: RoleConfig = getattr(self, role)
-            if config.engine.device.startswith("cuda") and not config.num_gpus:
-                raise ValueError(f"{role}.engine.device is {config.engine.device} but {role}.num_gpus is 0")
+            if config.engine.device.startswith("cuda") and config.num_gpus < config.engine.ranks:
+                raise ValueError(
+                    f"{role}.engine.device is {config.engine.device} and {role}.engine.ranks {config.engine.ranks}, "
+                    f"but {role}.num_gpus is {config.num_gpus:g}: a rank needs a GPU"
+                )
 
 
 def is_loopback(host: str) -> bool:

@@ -48,6 +48,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     ship_host: str | None = None
     ship_port: int | None = None
+    rank_ports: list[int] = []  # the same of ranks 1 and up
     pid: int
     node: str
 

@@ -156,6 +156,10 @@ class Gateway:
 
 def _context(model: ModelConfig, engine: EngineConfig) -> int:
     """Tokens of one request, prompt and answer, that a worker of this setting takes."""
+    context = engine.max_context or model.max_position_embeddings
+    if (
+        engine.cache_bytes is None
+    ):  # known when the worker has loaded its weights: it refuses what does not fit
+        return context
     layout = model.cache_layout(engine.precision == "fp8")
-    num_pages = num_pages_for(engine.cache_bytes, layout, model.num_hidden_layers)
-    return min(engine.max_context or model.max_position_embeddings, num_pages * PAGE_SIZE)
+    return min(context, num_pages_for(engine.cache_bytes, layout, model.num_hidden_layers) * PAGE_SIZE)

@@ -18,6 +18,7 @@ import ray
 from cluster.config import ClusterConfig, is_loopback
 from cluster.controller import ACTOR_NAME, NAMESPACE, WorkerInfo
 from workers.page_pool import CacheEvents
+from workers.ranks.shippers import Peer
 from workers.server import seconds_since_step
 from workers.start import RunningWorker, start_worker
 
@@ -56,6 +57,7 @@ class WorkerReplica:
             port=self._running.server.port,
             ship_host=self._running.ship_host,
             ship_port=self._running.ship_port,
+            rank_ports=list(self._running.rank_ports),
             pid=os.getpid(),
             node=ray.get_runtime_context().get_node_id(),
         )
@@ -108,14 +110,14 @@ class WorkerReplica:
         if self._pending.done():
             events = self._pending.result()
             reset = self._sequence == 0
-            self._pending = self._running.worker.ask(self._running.worker.engine.pool.drain_events)
+            self._pending = self._running.worker.ask(self._running.worker.engine.pools.drain_events)
         if self._sequence or reset:
             self._sequence += 1
         answer: str = self._call("report", self._id, self._epoch, self._sequence, *events, reset)
         return answer
 
     def _everything(self) -> CacheEvents:
-        pool = self._running.worker.engine.pool
+        pool = self._running.worker.engine.pools
         pool.drain_events()
         return CacheEvents(pool.published(), [])
 
@@ -132,7 +134,11 @@ class WorkerReplica:
                 continue
             version = update.version
             self._running.set_peers(
-                {m.worker: (m.ship_host, m.ship_port, m.epoch) for m in update.members if m.role == "decode"}
+                {
+                    m.worker: Peer(m.ship_host, m.ship_port, m.epoch, m.rank_ports)
+                    for m in update.members
+                    if m.role == "decode"
+                }
             )
 
     def _orphaned(self, attempt: str, num_output_tokens: int) -> None:

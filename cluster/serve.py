@@ -109,7 +109,8 @@ def _check_model(config: ClusterConfig, model: Path) -> None:
     try:
         for role in (config.prefill, config.decode):
             empty = load_model(model, msgspec.structs.replace(role.engine, device="meta"))
-            num_pages_for(role.engine.cache_bytes, empty.layout, empty.config.num_hidden_layers)
+            if role.engine.cache_bytes is not None:
+                num_pages_for(role.engine.cache_bytes, empty.layout, empty.config.num_hidden_layers)
     except ValueError as error:
         raise StartError(str(error)) from None
 

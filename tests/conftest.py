@@ -1,11 +1,15 @@
-"""Shared by all tests: a derandomised hypothesis profile and a seed for each test taken from its name."""
+"""Shared by all tests: a derandomised hypothesis profile, a seed for each test taken from its name, and Triton's interpreter."""
 
+import os
 import random
 import zlib
 
 import hypothesis
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: it looks when a kernel is defined
 
 hypothesis.settings.register_profile(
     "lightship", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

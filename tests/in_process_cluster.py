@@ -2,9 +2,11 @@
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
+
+import msgspec
 
 from cluster.controller import WorkerInfo
 from cluster.fleet import Fleet
@@ -12,6 +14,7 @@ from cluster.flight import Flight, Pilot
 from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs
 from workers.config import EngineConfig
+from workers.ranks.shippers import Peer
 from workers.request import Request
 from workers.start import RunningWorker, make_engine, start_worker
 
@@ -42,6 +45,7 @@ def _info(running: RunningWorker) -> WorkerInfo:
         port=running.server.port,
         ship_host=running.ship_host,
         ship_port=running.ship_port,
+        rank_ports=list(running.rank_ports),
         pid=0,
         node="here",
     )
@@ -50,10 +54,20 @@ def _info(running: RunningWorker) -> WorkerInfo:
 class Cluster:
     """Two workers of each role and a gateway's view of them."""
 
-    def __init__(self, model: Path, config: EngineConfig = CONFIG, each: int = 2) -> None:
-        self.prefills = [_start("prefill", model, n, config) for n in range(each)]
-        self.decodes = [_start("decode", model, n, config) for n in range(each)]
-        peers = {d.worker.id: (d.ship_host, d.ship_port, d.worker.epoch) for d in self.decodes}
+    def __init__(
+        self,
+        model: Path,
+        config: EngineConfig = CONFIG,
+        each: int = 2,
+        ranks: Sequence[int] = (),
+    ) -> None:
+        """ranks: instead of `each`, how many ranks the workers of a role have."""
+        configs = [msgspec.structs.replace(config, ranks=count) for count in ranks] or [config] * each
+        self.prefills = [_start("prefill", model, n, config) for n, config in enumerate(configs)]
+        self.decodes = [_start("decode", model, n, config) for n, config in enumerate(configs)]
+        peers = {
+            d.worker.id: Peer(d.ship_host, d.ship_port, d.worker.epoch, d.rank_ports) for d in self.decodes
+        }
         for prefill in self.prefills:
             prefill.set_peers(peers)
 

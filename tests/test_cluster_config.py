@@ -57,7 +57,11 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
             "prefill: {engine: {max_context: 9}}",
             "prefill.engine.max_context is 9 but decode.engine.max_context is None",
         ),
-        ("prefill: {engine: {device: cuda}}", "prefill.engine.device is cuda but prefill.num_gpus is 0"),
+        ("prefill: {engine: {device: cuda}}", "prefill.engine.ranks 1, but prefill.num_gpus is 0"),
+        (
+            "decode: {num_gpus: 1, engine: {device: cuda, ranks: 2}}",
+            "decode.engine.ranks 2, but decode.num_gpus is 1",
+        ),
         ("host: 0.0.0.0", "host '0.0.0.0' is not a loopback address and tenants is empty"),
         ("[1, 2]", "expected settings by name, got a list"),
         ("port: [", "did not find expected"),

@@ -161,14 +161,14 @@ def test_a_flight_tells_how_far_its_prompt_has_been_read(
 def _watch_indexers(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Rows, torch.Tensor]]:
     """What every indexer in this process selects, with the number of the one that did."""
     seen: list[tuple[int, Rows, torch.Tensor]] = []
-    select = Indexer.__call__
+    select = Indexer.select
 
     def watched(self: Indexer, *inputs: Any) -> torch.Tensor:
         selected = select(self, *inputs)
-        seen.append((id(self), inputs[4], selected.clone()))
+        seen.append((id(self), inputs[2], selected.clone()))
         return selected
 
-    monkeypatch.setattr(Indexer, "__call__", watched)
+    monkeypatch.setattr(Indexer, "select", watched)
     return seen
 
 
@@ -276,4 +276,4 @@ def test_aborts_at_any_moment_return_every_page(cluster: Cluster) -> None:
     cluster.run(work)
     for running in cluster.all:
         assert not running.worker.jobs
-        running.worker.ask(running.worker.engine.pool.check).result(timeout=5)
+        running.worker.ask(running.worker.engine.pools.check).result(timeout=5)

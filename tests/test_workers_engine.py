@@ -165,7 +165,7 @@ def test_output_does_not_depend_on_budget_pages_batch_preemption_or_prefix_cache
             expected[request.id] = expected_output(request)
             engine.add(request)
         assert run(engine, disturb)[0] == expected
-        assert engine.pool.held == 0
+        assert engine.pools.held == 0
 
 
 def test_preempted_requests_end_with_the_same_tokens() -> None:
@@ -243,7 +243,7 @@ def test_prefill_here_and_decode_there_equals_the_plain_run(
     while decode.has_work():
         collect(decode.step(), received)
     assert received == expected
-    assert prefill.pool.held == decode.pool.held == 0
+    assert prefill.pools.held == decode.pools.held == 0
 
 
 def collect(output: StepOutput, received: dict[str, list[int]]) -> None:
@@ -299,15 +299,15 @@ def test_an_abort_gives_the_pages_back(state: str) -> None:
         engine.step()
     assert engine.abort("a")
     assert not engine.abort("a")
-    assert engine.pool.held == 0
-    assert engine.pool.free + engine.pool.cached == 12
+    assert engine.pools.held == 0
+    assert engine.pools.free + engine.pools.cached == 12
     assert not engine.has_work()
 
 
 def test_a_lost_page_is_noticed_when_the_engine_is_idle() -> None:
     engine = make_engine()
     engine.add(make_request("a", prompt("a", 10), max_tokens=1))
-    engine.pool.allocate(1)
+    engine.pools[0].allocate(1)
     with pytest.raises(RuntimeError, match="1 pages are held, but requests own 0"):
         engine.step()
 

@@ -9,13 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.layout import CacheLayout
+from kernels.reference.norm import sigmoid
 from kernels.rows import Rows
+from kernels.testing import REFERENCE
 from workers.attention import masked_attention
 from workers.config import EngineConfig
-from workers.layers import LayerNorm, RMSNorm, sigmoid
+from workers.layers import LayerNorm, RMSNorm
 from workers.model import Model, load_model
 from workers.model_config import ModelConfig
-from workers.moe import Gate
 from workers.paged_cache import PagedCache, num_pages_for
 from workers.rope import RopeTable, frequencies, rotate_halves, rotate_neighbours
 from workers.tiny import write_tiny
@@ -175,7 +176,7 @@ def test_masked_attention(num_rows: int, extra: int, hidden: int, data: st.DataO
 
 
 def test_rms_norm_reads_the_unrounded_sum() -> None:
-    norm = RMSNorm(torch.rand(256) + 0.5, 1e-6)
+    norm = RMSNorm(torch.rand(256) + 0.5, 1e-6, REFERENCE)
     x, residual = torch.randn(5, 256).bfloat16(), (50 * torch.randn(5, 256)).bfloat16()
     total = x.float() + residual.float()
     expected = (total / (total.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight).bfloat16()
@@ -187,7 +188,7 @@ def test_rms_norm_reads_the_unrounded_sum() -> None:
 
 
 def test_layer_norm() -> None:
-    norm = LayerNorm(torch.rand(128) + 0.5, torch.randn(128))
+    norm = LayerNorm(torch.rand(128) + 0.5, torch.randn(128), REFERENCE)
     x = 1e-3 * torch.randn(7, 128) + 2e-3  # small enough to feel the 1e-6
     centred = x.double() - x.double().mean(-1, keepdim=True)
     scale = (centred.square().mean(-1, keepdim=True) + 1e-6).rsqrt()
@@ -214,7 +215,11 @@ def test_sigmoid_has_no_scalar_tail(threads: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "norm", [RMSNorm(torch.ones(256), 1e-6), LayerNorm(torch.ones(256), torch.zeros(256))]
+    "norm",
+    [
+        RMSNorm(torch.ones(256), 1e-6, REFERENCE),
+        LayerNorm(torch.ones(256), torch.zeros(256), REFERENCE),
+    ],
 )
 def test_norms_see_one_row_at_a_time(norm: RMSNorm | LayerNorm) -> None:
     x = torch.randn(1500, 256)
@@ -262,43 +267,6 @@ def test_rotated_products_depend_on_distance_only(
         return (rotated[0] * rotated[1]).sum()
 
     torch.testing.assert_close(product(base), product(0), atol=1e-3, rtol=1e-3)
-
-
-# Gate
-
-
-def gate(folder: Path, bias: list[float]) -> Gate:
-    """Eight experts in four groups, two groups kept, two experts a token; the logits are the input itself."""
-
-    class Identity:
-        @staticmethod
-        def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return x
-
-    return Gate(torch.eye(8), torch.tensor(bias), ModelConfig.load(folder), Identity())  # type: ignore[arg-type]
-
-
-@given(
-    logits=st.lists(st.integers(-4, 4), min_size=8, max_size=8),
-    bias=st.lists(st.integers(-2, 2), min_size=8, max_size=8),
-)
-def test_gate(folder: Path, logits: list[int], bias: list[int]) -> None:
-    """Few distinct values, so that ties are everywhere."""
-    experts, weights = gate(folder, [float(b) for b in bias])(torch.tensor([logits]).float())
-    scores = sigmoid(torch.tensor(logits).float())
-    choice = (scores + torch.tensor(bias)).tolist()
-    groups = [choice[i] + choice[i + 1] for i in range(0, 8, 2)]
-    kept = sorted(range(4), key=lambda g: (-groups[g], g))[:2]
-    best = sorted((e for e in range(8) if e // 2 in kept), key=lambda e: (-choice[e], e))[:2]
-    assert experts.tolist() == [best]
-    expected = scores[best] / scores[best].sum() * 2.5
-    torch.testing.assert_close(weights[0], expected)
-
-
-def test_the_bias_chooses_but_does_not_weigh(folder: Path) -> None:
-    experts, weights = gate(folder, [0, 0, 0, 0, 0, 0, 9, 9])(torch.zeros(1, 8))
-    assert experts.tolist() == [[6, 7]]
-    assert weights.tolist() == [[1.25, 1.25]]
 
 
 # Caches

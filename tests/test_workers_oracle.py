@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import Oracle
 
+import kernels.reference.cache
 from kernels.rows import Rows
 from workers import attention
 from workers.config import EngineConfig
@@ -135,5 +136,5 @@ def test_a_short_prompt_cannot_see_a_wrong_indexer_rope_but_a_long_one_can(
 def test_a_wrong_attention_rope_shows_at_once(
     model: Model, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "rotate_neighbours", rotate_halves)
+    monkeypatch.setattr(kernels.reference.cache, "_rotate_neighbours", rotate_halves)
     assert (run(model, [SHORT])[0] - oracle.logits(SHORT)).abs().amax(-1)[1:].median() > 0.1

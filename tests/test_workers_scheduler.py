@@ -6,6 +6,7 @@ import pytest
 
 from workers.config import EngineConfig
 from workers.page_pool import PagePool
+from workers.page_pools import PagePools
 from workers.request import Request, SamplingParams, Status
 from workers.scheduler import QueueFull, Scheduler
 
@@ -14,7 +15,7 @@ EOS, STOP = 1, 2
 
 def make_scheduler(num_pages: int = 8, *, max_context: int = 10_000, **config: Any) -> Scheduler:
     return Scheduler(
-        PagePool(num_pages), EngineConfig(**config), eos_token_ids=[EOS], max_context=max_context
+        PagePools([PagePool(num_pages)]), EngineConfig(**config), eos_token_ids=[EOS], max_context=max_context
     )
 
 
@@ -271,11 +272,11 @@ def test_held_pages_stay_until_released(end: str) -> None:
     else:
         assert scheduler.abort("a")
     pages = 0 if end == "abort while waiting" else 2
-    assert (request.status, len(request.pages), scheduler.pool.held) == (Status.FINISHED, pages, pages)
+    assert (request.status, len(request.pages), scheduler.pools.held) == (Status.FINISHED, pages, pages)
     assert not scheduler.abort("a")
     scheduler.check()
     assert scheduler.release("a")
-    assert scheduler.pool.held == 0
+    assert scheduler.pools.held == 0
     assert not scheduler.release("a")
 
 
@@ -287,11 +288,11 @@ def test_landed_pages_are_published_in_order_and_survive_an_abort() -> None:
     assert not scheduler.has_work()
     for index, num_published in [(2, 0), (0, 1), (3, 1)]:
         scheduler.landed("a", index)
-        assert len(scheduler.pool.published()) == num_published
+        assert len(scheduler.pools.published()) == num_published
     with pytest.raises(ValueError, match="1 of 4 pages have not landed"):
         scheduler.join("a", 9)
     scheduler.landed("a", 1)
-    assert scheduler.pool.published() == request.hashes
+    assert scheduler.pools.published() == request.hashes
     assert scheduler.abort("a")
     again = make_request("again", 200)
     assert scheduler.reserve(again)
@@ -307,7 +308,7 @@ def test_pages_that_landed_after_a_gap_do_not_survive_an_abort() -> None:
     scheduler.landed("a", 0)
     scheduler.landed("a", 2)
     scheduler.abort("a")
-    assert (scheduler.pool.cached, scheduler.pool.free) == (1, 7)
+    assert (scheduler.pools.cached, scheduler.pools.free) == (1, 7)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +321,7 @@ def test_join_with_a_token_that_may_be_the_last(token: int, max_tokens: int, rea
     scheduler.landed("a", 0)
     assert scheduler.join("a", token) == request.finish_reason == reason
     assert request.tokens[64:] == [token]
-    assert scheduler.pool.held == (0 if reason else 1)
+    assert scheduler.pools.held == (0 if reason else 1)
 
 
 def test_only_a_landing_request_lands_and_joins() -> None:
@@ -352,7 +353,7 @@ def test_what_can_never_be_served_is_refused(request_: Request, message: str) ->
     for refuse in (scheduler.add, scheduler.reserve):
         with pytest.raises(ValueError, match=message):
             refuse(request_)
-    assert (scheduler.num_waiting, scheduler.pool.held) == (1, 0)
+    assert (scheduler.num_waiting, scheduler.pools.held) == (1, 0)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from workers.config import EngineConfig
 from workers.page_pool import PagePool
+from workers.page_pools import PagePools
 from workers.request import Request, SamplingParams, Status
 from workers.scheduler import Plan, QueueFull, Scheduler
 
@@ -49,7 +50,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     @initialize(budget=st.sampled_from([1, 7, 64, 100, 1000]))
     def start(self, budget: int) -> None:
         config = EngineConfig(max_batched_tokens=budget, max_running=MAX_RUNNING, max_waiting=MAX_WAITING)
-        self.scheduler = Scheduler(PagePool(NUM_PAGES), config, eos_token_ids=[EOS], max_context=MAX_CONTEXT)
+        self.scheduler = Scheduler(
+            PagePools([PagePool(NUM_PAGES)]), config, eos_token_ids=[EOS], max_context=MAX_CONTEXT
+        )
         self.memory = [0] * (64 * NUM_PAGES)
         self.requests: list[tuple[Request, list[int]]] = []
         self.queued: set[int] = set()  # arrivals that were added and have not been scheduled yet
@@ -209,7 +212,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(request.status is Status.FINISHED for request, _ in self.requests)
         self.finished_requests_have_the_right_tokens()
         self.scheduler.check()
-        assert self.scheduler.pool.held == 0
+        assert self.scheduler.pools.held == 0
 
 
 TestScheduler = SchedulerMachine.TestCase

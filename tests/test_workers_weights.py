@@ -107,6 +107,23 @@ def test_layers_that_are_multiplied_as_one_must_be_alike(folder: Path) -> None:
         load_model(folder, EngineConfig())
 
 
+def test_experts_must_be_alike(folder: Path) -> None:
+    """All experts of a layer are one tensor."""
+
+    def make_plain(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.startswith("model.layers.1.mlp.experts.2.")]:
+            if name.endswith("_scale_inv"):
+                del tensors[name]
+            else:
+                tensors[name] = tensors[name].bfloat16()
+
+    rewrite(folder, make_plain)
+    with pytest.raises(
+        CheckpointError, match=r"some matrices of .*experts\.2\.\* and .* all or none must be"
+    ):
+        load_model(folder, EngineConfig())
+
+
 def wrong(folder: Path, name: str, make: Callable[[torch.Tensor], torch.Tensor]) -> None:
     rewrite(folder, lambda tensors: tensors.update({name: make(tensors[name])}))
 
@@ -230,9 +247,9 @@ def test_both_precisions_dequantise_to_the_same_weights(folder: Path, tensors: T
     expected = tensors[OUT].float() * tensors[f"{OUT}_scale_inv"].repeat_interleave(128, 0).repeat_interleave(
         128, 1
     )
-    full = load_model(folder, FP32)._layers[0].attention._out
+    full = load_model(folder, FP32).layers[0].attention._out
     assert torch.equal(full.weight, expected)
-    quantized = load_model(folder, EngineConfig())._layers[0].attention._out
+    quantized = load_model(folder, EngineConfig()).layers[0].attention._out
     assert not isinstance(quantized.weight, torch.Tensor)
     x = torch.randn(3, 256).mul(64).round().div(64).clamp(-3, 3)
     assert (quantized(x) - full(x)).norm() / full(x).norm() < 0.05
@@ -241,6 +258,6 @@ def test_both_precisions_dequantise_to_the_same_weights(folder: Path, tensors: T
 def test_bf16_weights_stay_plain_in_both_precisions(tmp_path: Path) -> None:
     write_tiny(tmp_path, dtype="bf16", **SMALL)
     for config in (EngineConfig(), FP32):
-        weight = load_model(tmp_path, config)._layers[1].attention._out.weight
+        weight = load_model(tmp_path, config).layers[1].attention._out.weight
         assert isinstance(weight, torch.Tensor)
         assert weight.dtype == torch.float32

@@ -13,8 +13,10 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
+from workers.cache_rows import CacheRows
+from workers.group import Group
 from workers.model_config import ModelConfig
-from workers.rope import Rope, rotate_halves, rotate_neighbours
+from workers.rope import Rope, rotate_halves
 from workers.weights import Weights
 
 QUERY_TILE = 64
@@ -32,24 +34,21 @@ class Indexer:
         self._weights = weights.table("weights_proj", config.index_n_heads, config.hidden_size, torch.float32)
         self._weight_scale = 1 / math.sqrt(config.index_n_heads * config.index_head_dim)
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        rope: Rope,
-        rows: Rows,
-        slots: torch.Tensor,
-        pages: torch.Tensor,
+    def write(self, key: torch.Tensor, rope: Rope, slots: torch.Tensor, pages: torch.Tensor) -> None:
+        """key [T, dim] as projected."""
+        rotated = self._rotate(self._key_norm(key).unsqueeze(1), rope).squeeze(1)
+        self._ops.write_index_keys(pages, slots, rotated, self._layout)
+
+    def queries(self, x: torch.Tensor, query: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, D], query [T, heads x dim] as projected -> what `select` takes; reads no page."""
+        rotated = self._rotate(query.unflatten(-1, (-1, self._config.index_head_dim)), rope)
+        return rotated, self._ops.linear(x, self._weights, torch.float32) * self._weight_scale
+
+    def select(
+        self, query: torch.Tensor, weights: torch.Tensor, rows: Rows, pages: torch.Tensor
     ) -> torch.Tensor:
-        """x [T, D], query [T, heads x dim] and key [T, dim] as projected -> slots int32 [T, topk] by position, -1 padded."""
-        heads = query.unflatten(-1, (-1, self._config.index_head_dim))
-        rotated = self._rotate(torch.cat((heads, self._key_norm(key).unsqueeze(1)), dim=1), rope)
-        self._ops.write_index_keys(pages, slots, rotated[:, -1], self._layout)
-        weights = self._ops.linear(x.float(), self._weights) * self._weight_scale
-        return self._ops.select_tokens(
-            rotated[:, :-1], weights, pages, rows, self._config.index_topk, self._layout
-        )
+        """Slots int32 [T, topk] by position, -1 padded."""
+        return self._ops.select_tokens(query, weights, pages, rows, self._config.index_topk, self._layout)
 
     def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
         """[T, heads, dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
@@ -59,7 +58,11 @@ class Indexer:
 
 
 class Attention:
-    """The attention of one layer. `absorbed` attends in the latent space; otherwise keys and values are expanded per head."""
+    """The attention of one layer. `absorbed` attends in the latent space; otherwise keys and values are expanded per head.
+
+    `dense_if_short`: where no row can see more than top-k tokens, all of them are attended to without a selection. That changes
+    bits with the company that a row has, so it is not for CPUs.
+    """
 
     def __init__(
         self,
@@ -68,6 +71,8 @@ class Attention:
         *,
         layout: CacheLayout,
         absorbed: bool,
+        group: Group,
+        dense_if_short: bool,
     ) -> None:
         heads, hidden, latent = config.num_attention_heads, config.hidden_size, config.kv_lora_rank
         self._config = config
@@ -90,9 +95,11 @@ class Attention:
         )
         self._query_norm = weights.rms_norm("q_a_layernorm", config.q_lora_rank, config.rms_norm_eps)
         self._latent_norm = weights.rms_norm("kv_a_layernorm", latent, config.rms_norm_eps)
+        self._dense_if_short = dense_if_short
         self._attend = (Absorbed if absorbed else Unabsorbed)(config, weights, layout)
         self._out = weights.linear("o_proj", hidden, heads * config.v_head_dim)
         self._indexer = Indexer(config, weights.at("indexer"), layout)
+        self._cache_rows = CacheRows(layout, group)
 
     def __call__(
         self,
@@ -111,15 +118,25 @@ class Attention:
         query_nope, query_pe = query.unflatten(-1, (-1, config.qk_head_dim)).split(
             (config.qk_nope_head_dim, config.qk_rope_head_dim), dim=-1
         )
-        query_pe = rotate_neighbours(query_pe, *rope)
         latent, key_pe = cached.split((config.kv_lora_rank, config.qk_rope_head_dim), dim=-1)
-        key_pe = rotate_neighbours(key_pe.unsqueeze(1), *rope).squeeze(1)
-        self._ops.write_latents(latent_pages, slots, self._latent_norm(latent), key_pe, self._layout)
-        selected = self._indexer(x, index_query, index_key, rope, rows, slots, index_pages)
-        if on_selected is not None:
+        norm = self._latent_norm
+        query_pe = self._ops.rotate_latents(
+            query_pe, latent, key_pe, norm.weight, norm.eps, *rope, latent_pages, slots, self._layout
+        )
+        self._indexer.write(index_key, rope, slots, index_pages)
+        # The rows of other ranks arrive while the indexer's queries are made.
+        sharing = self._cache_rows.share(latent_pages, index_pages, slots)
+        choice = on_selected is not None or self._is_choice(rows)
+        queries = self._indexer.queries(x, index_query, rope) if choice else None
+        self._cache_rows.finish(sharing, latent_pages, index_pages)
+        selected = self._indexer.select(*queries, rows, index_pages) if queries else None
+        if on_selected is not None and selected is not None:
             on_selected(selected)
         out = self._attend(query_nope, query_pe, rows, latent_pages, selected)
         return self._out(out.flatten(1))
+
+    def _is_choice(self, rows: Rows) -> bool:
+        return not self._dense_if_short or rows.page_table.shape[1] * PAGE_SIZE > self._config.index_topk
 
 
 class Absorbed:
@@ -139,11 +156,14 @@ class Absorbed:
         query_pe: torch.Tensor,
         rows: Rows,
         pages: torch.Tensor,
-        selected: torch.Tensor,
+        selected: torch.Tensor | None,
     ) -> torch.Tensor:
-        """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk] -> [T, H, v]."""
+        """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk], None for all -> [T, H, v]."""
         query = torch.cat((self._ops.head_linear(query_nope, self._key_up), query_pe), dim=-1)
-        out, _ = self._ops.sparse_mla(query, pages, selected, self._softmax_scale, self._layout)
+        if selected is None:
+            out, _ = self._ops.dense_mla(query, pages, rows, self._softmax_scale, self._layout)
+        else:
+            out, _ = self._ops.sparse_mla(query, pages, selected, self._softmax_scale, self._layout)
         return self._ops.head_linear(out, self._value_up)
 
 
@@ -162,9 +182,10 @@ class Unabsorbed:
         query_pe: torch.Tensor,
         rows: Rows,
         pages: torch.Tensor,
-        selected: torch.Tensor,
+        selected: torch.Tensor | None,
     ) -> torch.Tensor:
         """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk] -> [T, H, v]."""
+        assert selected is not None
         query = torch.cat((query_nope, query_pe), dim=-1)
         outs = []
         for request, (start, end) in enumerate(itertools.pairwise(rows.query_starts)):

@@ -54,19 +54,21 @@ def write_checkpoint(
     folder: str | Path,
     config: Mapping[str, Any],
     tokenizer: Tokenizer,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor]] | None,
 ) -> None:
     """Writes everything into `folder`, which is made if need be.
 
     config:  the values of config.json
-    tensors: (name, tensor) in file order, linear layers in the form that `config` says; read while they are written
+    tensors: (name, tensor) in file order, linear layers in the form that `config` says; read while they are written. None: no
+             weights
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write_json(folder / "config.json", config)
     _write_json(folder / "generation_config.json", GENERATION_CONFIG)
     _write_tokenizer(folder, tokenizer)
-    _write_shards(folder, tensors)
+    if tensors is not None:
+        _write_shards(folder, tensors)
 
 
 def _write_shards(folder: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

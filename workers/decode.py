@@ -19,23 +19,26 @@ from workers.messages import Landed, Load, Reserve, Submit, Ticket, Ticketed, To
 from workers.page_counts import PageCounts
 from workers.paged_cache import PagedCache
 from workers.prefill import SMOOTHING
+from workers.ranks.landings import Landings
+from workers.ranks.messages import rank_name
 from workers.request import Request, Status
-from workers.shipping.receiver import Commit, Landing, Shipment, verify_and_write
+from workers.shipping.receiver import Commit, Shipment, verify_and_write
 from workers.worker import Emit, Job, Worker
 
 
 @dataclass(eq=False, kw_only=True)
 class DecodeJob(Job):
     missing: dict[int, int] = field(default_factory=dict)  # page index -> layers x kinds that have not landed
+    num_commits: int = 0
 
 
 class DecodeWorker(Worker):
-    """`landing` is the receiving half of the links; its callbacks may come on any thread."""
+    """`landing` is the receiving half of the links; its callbacks may come on any thread. `cache` is rank 0's."""
 
     jobs: dict[str, DecodeJob]  # type: ignore[assignment]
 
     def __init__(
-        self, *, worker_id: str, epoch: int, engine: Engine, emit: Emit, cache: PagedCache, landing: Landing
+        self, *, worker_id: str, epoch: int, engine: Engine, emit: Emit, cache: PagedCache, landing: Landings
     ) -> None:
         super().__init__(worker_id=worker_id, epoch=epoch, engine=engine, emit=emit)
         self._cache = cache
@@ -44,6 +47,7 @@ class DecodeWorker(Worker):
         self._max_waiting = engine.config.max_waiting
         self._step_seconds = 0.0
         landing.on_shipment = lambda shipment: self.post(lambda: self._land(shipment))
+        landing.on_landed = lambda *landed: self.post(lambda: self._landed_elsewhere(*landed))
         landing.on_commit = lambda commit: self.post(lambda: self._commit(commit))
         landing.on_abandon = lambda request_id: self.post(lambda: self._abandoned(request_id))
 
@@ -81,6 +85,7 @@ class DecodeWorker(Worker):
             self._waiting.remove(job)
         else:
             self.engine.abort(request_id)
+            self._landing.forget(job.request.rank, request_id)
         self._reserve_waiting()
 
     def load(self) -> Load:
@@ -99,35 +104,49 @@ class DecodeWorker(Worker):
             num_resident = request.num_computed_tokens
             parts = 2 * self._cache.latent.shape[0]  # latents and index keys of every layer
             job.missing = dict.fromkeys(range(num_resident // PAGE_SIZE, len(request.pages)), parts)
-            generations = [self.engine.pool.generation(page) for page in request.pages]
-            ticket = Ticket(self.id, self.epoch, request.id, list(request.pages), generations, num_resident)
+            pool, landing = self.engine.pools[request.rank], rank_name(self.id, request.rank)
+            generations = [pool.generation(page) for page in request.pages]
+            ticket = Ticket(landing, self.epoch, request.id, list(request.pages), generations, num_resident)
+            self._landing.expect(request.rank, ticket)
             self._send(job, Ticketed(request.id, ticket))
 
     def _land(self, shipment: Shipment) -> None:
         job = self.jobs.get(shipment.request_id)
-        if job is None or job.request.status is not Status.LANDING:
+        if job is None or job.request.status is not Status.LANDING or job.request.rank:
             shipment.refuse("no such request is landing here")
             return
         if not _expected(shipment, job):
             shipment.refuse("pages that the ticket does not name, or that have landed already")
             return
         reason = verify_and_write(
-            shipment, self._cache, generation_of=self.engine.pool.generation, epoch=self.epoch
+            shipment, self._cache, generation_of=self.engine.pools[0].generation, epoch=self.epoch
         )
         if reason is not None:
             shipment.refuse(reason)
             return
-        for index in shipment.page_indices:
-            job.missing[index] -= shipment.num_layers
+        self._landed(job, shipment.page_indices, shipment.num_layers)
+        shipment.accept()
+
+    def _landed_elsewhere(self, request_id: str, page_indices: list[int], num_layers: int) -> None:
+        """Another rank has verified and written pages of its own."""
+        job = self.jobs.get(request_id)
+        if job is not None and job.request.status is Status.LANDING:
+            self._landed(job, page_indices, num_layers)
+
+    def _landed(self, job: DecodeJob, page_indices: list[int], num_layers: int) -> None:
+        for index in page_indices:
+            job.missing[index] -= num_layers
             if not job.missing[index]:
                 del job.missing[index]
-                self.engine.landed(shipment.request_id, index)
-        shipment.accept()
+                self.engine.landed(job.request.id, index)
 
     def _commit(self, commit: Commit) -> None:
         job = self.jobs.get(commit.request_id)
         if job is None or job.request.status is not Status.LANDING:
             return  # aborted while the commit was under way
+        job.num_commits += 1
+        if job.num_commits < commit.num_commits:
+            return  # other ranks of the prefill worker have pages under way
         if job.missing:
             self._end(job)
             self._fail(job, f"{len(job.missing)} pages of the prompt never landed", retry=True)

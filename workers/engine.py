@@ -3,15 +3,17 @@
 import time
 from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
+
+import torch
 
 from workers.config import EngineConfig
 from workers.messages import Load
 from workers.page_pool import PagePool
+from workers.page_pools import PagePools
 from workers.request import Request, TokenLogprobs
-from workers.runner import Runner
 from workers.sampler import sample
-from workers.scheduler import Scheduled, Scheduler
+from workers.scheduler import Plan, Scheduled, Scheduler
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,39 @@ class StepOutput:
     seconds: float
 
 
+class Runs(Protocol):
+    """Computes a step: on this rank alone, or on all ranks of the worker."""
+
+    def run(self, plan: Plan) -> torch.Tensor:
+        """fp32 [S, V]: the logits of the last row of each request of plan.sampling."""
+
+    def record(self) -> None:
+        """Records what can be replayed later, once everything is loaded."""
+
+    def check(self) -> None:
+        """Raises if no step can be computed any more."""
+
+    def close(self) -> None:
+        """Ends what computes elsewhere."""
+
+
 class Engine:
-    """Serves requests with one model and one pool. `max_context` is the most tokens of prompt and output a request may have."""
+    """Serves requests with one model. `num_pages` are those of each of `num_pools` ranks with pages of their own, `max_context` is the most tokens of prompt and output a request may have."""
 
     def __init__(
         self,
-        runner: Runner,
+        runner: Runs,
         *,
         num_pages: int,
+        num_pools: int = 1,
         config: EngineConfig,
         eos_token_ids: Collection[int],
         max_context: int,
     ) -> None:
         self.config = config
-        self.pool = PagePool(num_pages)
+        self.pools = PagePools([PagePool(num_pages) for _ in range(num_pools)])
         self._runner = runner
-        self._scheduler = Scheduler(self.pool, config, eos_token_ids=eos_token_ids, max_context=max_context)
+        self._scheduler = Scheduler(self.pools, config, eos_token_ids=eos_token_ids, max_context=max_context)
 
     def check_fits(self, request: Request) -> None:
         """Raises ValueError if the request could not be served even by an empty engine."""
@@ -109,15 +128,23 @@ class Engine:
         self._check_if_idle()
         return StepOutput(plan.scheduled, results, plan.preempted, time.perf_counter() - started)
 
+    def check(self) -> None:
+        """Raises if the engine cannot go on, even if there is nothing to do."""
+        self._runner.check()
+
+    def close(self) -> None:
+        """Ends the other ranks of the worker. Safe to call twice."""
+        self._runner.close()
+
     def load(self, *, extra_waiting: int = 0, **figures: Any) -> Load:
         """How busy the engine is. `extra_waiting` requests wait outside; `figures` are further fields of Load."""
         return Load(
             waiting=self._scheduler.num_waiting + extra_waiting,
             running=self._scheduler.num_running,
             queued_tokens=self._scheduler.num_queued_tokens,
-            free_pages=self.pool.free,
-            cached_pages=self.pool.cached,
-            held_pages=self.pool.held,
+            free_pages=self.pools.free,
+            cached_pages=self.pools.cached,
+            held_pages=self.pools.held,
             **figures,
         )
 

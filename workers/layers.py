@@ -1,31 +1,30 @@
-"""Norms, linear layers and the gated MLP. Knows nothing of the model's shape, of checkpoints or of caches.
-
-Whatever reduces over a matrix product goes through `Ops`; what is left is element by element or within one row, so the bits of a
-row do not depend on the other rows. That rules out torch.sigmoid and silu: on a CPU their vectorised body and their scalar
-tail differ in the last bit, and where the tail begins depends on the batch. torch.exp has no such tail.
-"""
+"""Norms, linear layers and the gated MLP. Knows nothing of the model's shape, of checkpoints or of caches."""
 
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from kernels.dispatch import Fp8Weight, Ops
+from kernels.dispatch import Fp8Weight, Ops, QuantizedRows
 
 LAYER_NORM_EPS = 1e-6  # of the indexer keys; not in config.json
 
 
 @dataclass(frozen=True)
 class Linear:
-    """x [T, K] -> [T, N]: FP8 with activations quantised on the fly, or plain, as the weight is."""
+    """x [T, K] -> [T, N]: FP8 with activations quantised on the fly if they are not yet, or plain, as the weight is."""
 
     weight: torch.Tensor | Fp8Weight
     ops: Ops
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.weight, torch.Tensor):
-            return self.ops.linear(x, self.weight)
-        return self.ops.fp8_linear(x, self.weight)
+    def __call__(self, x: torch.Tensor | QuantizedRows) -> torch.Tensor:
+        if isinstance(self.weight, Fp8Weight):
+            return self.ops.fp8_linear(x, self.weight)
+        assert isinstance(x, torch.Tensor)
+        return self.ops.linear(x, self.weight)
+
+    @property
+    def is_fp8(self) -> bool:
+        return isinstance(self.weight, Fp8Weight)
 
 
 @dataclass(frozen=True)
@@ -51,17 +50,14 @@ class RMSNorm:
 
     weight: torch.Tensor
     eps: float
+    ops: Ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._normalize(x.float()).to(x.dtype)
+        return self.ops.rms_norm(x, self.weight, self.eps)
 
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """norm(x + residual) and the residual to carry on. The norm reads the sum before it is rounded to x's dtype."""
-        total = x.float() + residual.float()
-        return self._normalize(total).to(x.dtype), total.to(x.dtype)
-
-    def _normalize(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps)
 
 
 @dataclass(frozen=True)
@@ -70,9 +66,10 @@ class LayerNorm:
 
     weight: torch.Tensor
     bias: torch.Tensor
+    ops: Ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(x.float(), self.weight.shape, self.weight, self.bias, LAYER_NORM_EPS).to(x.dtype)
+        return self.ops.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
 
 
 @dataclass(frozen=True)
@@ -81,11 +78,8 @@ class MLP:
 
     gate_up: FusedLinear
     down: Linear
+    ops: Ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = (part.float() for part in self.gate_up(x))
-        return self.down((gate * sigmoid(gate) * up).to(x.dtype))
-
-
-def sigmoid(x: torch.Tensor) -> torch.Tensor:
-    return 1.0 / (1.0 + torch.exp(-x))
+        gate, up = self.gate_up(x)
+        return self.down((self.ops.swiglu_quantized if self.down.is_fp8 else self.ops.swiglu)(gate, up))

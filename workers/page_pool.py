@@ -61,6 +61,10 @@ class PagePool:
         evictable = self.cached - sum(page in self._cached for page in hits)
         return num_pages - len(hits) <= self.free + evictable
 
+    def count_hits(self, hashes: Sequence[bytes]) -> int:
+        """How many pages `acquire` would give."""
+        return len(self._find(hashes))
+
     def acquire(self, hashes: Sequence[bytes]) -> list[int]:
         """One more reference to each page of the longest published prefix of a chain of hashes."""
         pages = self._find(hashes)

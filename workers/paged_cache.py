@@ -1,5 +1,7 @@
 """Device memory of the two paged caches: MLA latents and indexer keys. Knows nothing of who owns a page."""
 
+import copy
+
 import torch
 
 from kernels.layout import PAGE_SIZE, CacheLayout
@@ -27,6 +29,12 @@ class PagedCache:
     @property
     def num_pages(self) -> int:
         return self.latent.shape[1]
+
+    def first_layers(self, count: int) -> "PagedCache":
+        """The same memory, seen by a model that is cut short."""
+        other = copy.copy(self)
+        other.latent, other.index = self.latent[:count], self.index[:count]
+        return other
 
 
 def num_pages_for(cache_bytes: int, layout: CacheLayout, num_layers: int) -> int:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from kernels.layout import PAGE_SIZE
 from workers.engine import Engine, StepOutput
 from workers.messages import Load, Prefill, Progress, Submit, Ticket, Tokens
+from workers.ranks.shippers import Shippers
 from workers.request import Request
 from workers.scheduler import QueueFull
-from workers.shipping.sender import Shipper
 from workers.worker import Emit, Job, Worker
 
 MIN_MEASURED_TOKENS = 256
@@ -47,7 +47,7 @@ class PrefillWorker(Worker):
         epoch: int,
         engine: Engine,
         emit: Emit,
-        make_shipper: Callable[[Callable[[str], None], Callable[[str, str], None]], Shipper],
+        make_shipper: Callable[[Callable[[str], None], Callable[[str, str], None]], Shippers],
     ) -> None:
         super().__init__(worker_id=worker_id, epoch=epoch, engine=engine, emit=emit)
         self._seconds_per_token = 0.0

@@ -58,6 +58,7 @@ class Request:
         None  # decode role, where asked for: a PageCounts of the runner's, of which nothing is known here
     )
     status: Status = Status.WAITING
+    rank: int = 0  # whose pages it has; set by the scheduler
     num_computed_tokens: int = 0
     num_cached_tokens: int | None = None  # found in the prefix cache here when first scheduled or reserved
     pages: list[int] = field(default_factory=list)

@@ -2,15 +2,18 @@
 
 Random numbers are counter-based, one for each (seed, output position), so that another worker can go on exactly where one
 stopped. Penalties, bias and truncation are defined, and applied in the order, as in vLLM. Knows nothing of scheduling.
+
+On a GPU the host waits once, for the tokens, and once more if log-probabilities are asked for.
 """
 
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
+from workers.device import to_device
 from workers.request import Request, SamplingParams, TokenLogprobs
 
 
@@ -22,15 +25,10 @@ def sample(logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int]
     chosen = logits.argmax(dim=-1)  # the lowest id on ties
     drawn = [row for row, request in enumerate(requests) if not _takes_argmax(request.sampling)]
     if drawn:
-        chosen[drawn] = _draw(logits[drawn].double(), [requests[row] for row in drawn])
+        rows = to_device(torch.tensor(drawn), logits.device)
+        chosen[rows] = _draw(logits[rows].double(), [requests[row] for row in drawn])
     tokens = chosen.tolist()
-    logprobs = [
-        None
-        if (count := request.sampling.logprobs) is None
-        else token_logprobs(logits[row], tokens[row], count)
-        for row, request in enumerate(requests)
-    ]
-    return tokens, logprobs
+    return tokens, _logprobs(logits, tokens, [request.sampling.logprobs for request in requests])
 
 
 def uniform(seed: int, position: int) -> float:
@@ -39,12 +37,24 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(hashlib.blake2b(counter, digest_size=8).digest(), "little") >> 11) * 2.0**-53
 
 
-def token_logprobs(logits: torch.Tensor, token: int, count: int) -> TokenLogprobs:
-    """logits: [V], as the model gave them."""
-    logprobs = logits.double().log_softmax(dim=-1)
+def _logprobs(
+    logits: torch.Tensor, tokens: list[int], counts: Sequence[int | None]
+) -> list[TokenLogprobs | None]:
+    """logits: fp32 [S, V], as the model gave them; how many of the best tokens each row wants, None if it wants nothing."""
+    wanted = [row for row, count in enumerate(counts) if count is not None]
+    result: list[TokenLogprobs | None] = [None] * len(tokens)
+    if not wanted:
+        return result
+    logprobs = logits[to_device(torch.tensor(wanted), logits.device)].double().log_softmax(dim=-1)
+    sampled = to_device(torch.tensor([[tokens[row]] for row in wanted]), logits.device)
     best, ids = logprobs.sort(descending=True, stable=True)
-    top = list(zip(ids[:count].tolist(), best[:count].tolist(), strict=True))
-    return TokenLogprobs(logprobs[token].item(), top)
+    most = max(counts[row] or 0 for row in wanted)
+    # Ids are whole numbers far below 2^53, so one tensor brings everything back.
+    parts = (logprobs.gather(1, sampled), best[:, :most], ids[:, :most].double())
+    for row, values in zip(wanted, torch.cat(parts, dim=1).tolist(), strict=True):
+        top = zip(map(int, values[1 + most :]), values[1 : 1 + most], strict=True)
+        result[row] = TokenLogprobs(values[0], list(top)[: counts[row]])
+    return result
 
 
 def _takes_argmax(sampling: SamplingParams) -> bool:
@@ -64,28 +74,31 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """
     for row, request in zip(logits, requests, strict=True):
         _adjust(row, request)
-    params = [request.sampling for request in requests]
-
-    def column(values: list[float]) -> torch.Tensor:
-        return logits.new_tensor(values).unsqueeze(-1)
-
-    scaled = logits / column([p.temperature or 1.0 for p in params])
+    settings = torch.tensor(
+        [_settings(request, logits.shape[1]) for request in requests], dtype=torch.float64
+    )
+    temperature, min_p, top_k, top_p, draw = to_device(settings, logits.device).unsqueeze(-1).unbind(1)
+    scaled = logits / temperature
     ordered, ids = scaled.sort(dim=-1, descending=True, stable=True)
     probs = ordered.softmax(dim=-1)
     rank = torch.arange(probs.shape[1], device=logits.device)
-    keep = (probs >= column([p.min_p for p in params]) * probs[:, :1]) & (
-        rank < column([p.top_k or probs.shape[1] for p in params])
-    )
+    keep = (probs >= min_p * probs[:, :1]) & (rank < top_k)
     probs = probs.where(keep, 0.0)
     cdf = probs.cumsum(dim=-1)
-    nucleus = cdf - probs < column([p.top_p for p in params]) * cdf[:, -1:]
+    nucleus = cdf - probs < top_p * cdf[:, -1:]
     mass = cdf.where(nucleus, 0.0).amax(dim=-1, keepdim=True)
-    # Greedy after penalties is the same draw with the number 0: the first token in order.
-    draws = [
-        uniform(r.sampling.seed, r.num_output_tokens) if r.sampling.temperature else 0.0 for r in requests
-    ]
-    index = (cdf <= column(draws) * mass).sum(dim=-1, keepdim=True)
+    index = (cdf <= draw * mass).sum(dim=-1, keepdim=True)
     return ids.gather(-1, index).squeeze(-1)
+
+
+def _settings(request: Request, vocab_size: int) -> tuple[float, ...]:
+    """Temperature, min_p, top_k, top_p and the random number of a row.
+
+    Greedy after penalties is a draw with the number 0: the first token in order.
+    """
+    p = request.sampling
+    draw = uniform(p.seed, request.num_output_tokens) if p.temperature else 0.0
+    return p.temperature or 1.0, p.min_p, p.top_k or vocab_size, p.top_p, draw
 
 
 def _adjust(logits: torch.Tensor, request: Request) -> None:
@@ -93,9 +106,9 @@ def _adjust(logits: torch.Tensor, request: Request) -> None:
     penalties (output only)."""
     sampling = request.sampling
     if sampling.logit_bias:
-        logits[list(sampling.logit_bias)] += logits.new_tensor(list(sampling.logit_bias.values()))
+        logits[_ids(sampling.logit_bias, logits)] += _numbers(sampling.logit_bias.values(), logits)
     if sampling.repetition_penalty != 1:
-        seen = list(set(request.tokens))
+        seen = _ids(set(request.tokens), logits)
         before = logits[seen]
         logits[seen] = torch.where(
             before > 0, before / sampling.repetition_penalty, before * sampling.repetition_penalty
@@ -103,4 +116,12 @@ def _adjust(logits: torch.Tensor, request: Request) -> None:
     if sampling.frequency_penalty or sampling.presence_penalty:
         counts = Counter(request.tokens[request.num_prompt_tokens :])
         penalties = [sampling.frequency_penalty * n + sampling.presence_penalty for n in counts.values()]
-        logits[list(counts)] -= logits.new_tensor(penalties)
+        logits[_ids(counts, logits)] -= _numbers(penalties, logits)
+
+
+def _ids(tokens: Iterable[int], logits: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(list(tokens), dtype=torch.int64), logits.device)
+
+
+def _numbers(values: Iterable[float], logits: torch.Tensor) -> torch.Tensor:
+    return to_device(torch.tensor(list(values), dtype=torch.float64), logits.device)

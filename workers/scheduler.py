@@ -20,7 +20,9 @@ from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.page_hash import page_hashes
 from workers.page_pool import PagePool, pages_for
+from workers.page_pools import PagePools
 from workers.request import Request, Status
+from workers.shares import Room, choose_rank
 
 _by_arrival = attrgetter("arrival")
 
@@ -46,12 +48,25 @@ class Scheduled(NamedTuple):
         return self.end == len(self.request.tokens)
 
 
+class Lockstep(NamedTuple):
+    """A collective needs equally much of every rank.
+
+    num_rows, num_logits: the rows that the busiest rank computes, and of how many it wants logits
+    replays:              whether all ranks replay a recorded step
+    """
+
+    num_rows: int
+    num_logits: int
+    replays: bool
+
+
 @dataclass(frozen=True)
 class Plan:
-    """One step."""
+    """One step. `lockstep`: of several ranks, what all of them must do alike."""
 
     scheduled: list[Scheduled]
     preempted: list[Request]
+    lockstep: Lockstep | None = None
 
     @property
     def sampling(self) -> list[Request]:
@@ -59,12 +74,15 @@ class Plan:
 
 
 class Scheduler:
-    """`max_context` is the most tokens of prompt and output that a request may have."""
+    """`max_context` is the most tokens of prompt and output that a request may have.
+
+    pools: one for each rank with pages of its own. A request has pages of one rank only, chosen when it is admitted.
+    """
 
     def __init__(
-        self, pool: PagePool, config: EngineConfig, *, eos_token_ids: Collection[int], max_context: int
+        self, pools: PagePools, config: EngineConfig, *, eos_token_ids: Collection[int], max_context: int
     ) -> None:
-        self.pool = pool
+        self.pools = pools
         self.config = config
         self.max_context = max_context
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -89,7 +107,7 @@ class Scheduler:
 
     def has_work(self) -> bool:
         """Whether a step has something to do. Waiting requests that have no room are none: only an event gives them room."""
-        return bool(self._running) or (bool(self._waiting) and self._has_room(self._waiting[0]))
+        return bool(self._running) or (bool(self._waiting) and self._find_room(self._waiting[0]))
 
     def check_fits(self, request: Request) -> None:
         """Raises ValueError if the request could not be served even by an empty engine."""
@@ -101,11 +119,11 @@ class Scheduler:
             )
         # The last token sampled is never computed.
         needed = pages_for(num_tokens if request.one_token else max(num_tokens, self._limit(request) - 1))
-        if needed > self.pool.num_pages:
+        if needed > self.pools.num_pages:
             raise ValueError(
                 f"request {request.id}: {request.num_prompt_tokens} prompt tokens and max_tokens "
                 f"{request.sampling.max_tokens} need {needed} pages of {PAGE_SIZE} tokens; "
-                f"there are {self.pool.num_pages}"
+                f"there are {self.pools.num_pages}"
             )
 
     def add(self, request: Request) -> None:
@@ -122,7 +140,7 @@ class Scheduler:
         Nothing overtakes a waiting request. Raises ValueError if the request can never be served.
         """
         self._prepare(request)
-        if self._waiting or not self._has_room(request):
+        if self._waiting or not self._find_room(request):
             return False
         self._register(request)
         self._take_pages(request)
@@ -184,7 +202,7 @@ class Scheduler:
         for request in tuple(self._running):
             if budget and request.status is Status.RUNNING and self._grow(request, plan.preempted):
                 budget -= self._plan(plan, request, budget)
-        while budget and self._waiting and self._has_room(self._waiting[0]):
+        while budget and self._waiting and self._find_room(self._waiting[0]):
             request = self._waiting.pop(0)
             self._take_pages(request)
             request.status = Status.RUNNING
@@ -203,10 +221,10 @@ class Scheduler:
 
     def check(self) -> None:
         """Raises RuntimeError unless pages are conserved and exactly those of live requests are held."""
-        self.pool.check()
-        owned = {page for request in self._requests.values() for page in request.pages}
-        if len(owned) != self.pool.held:
-            raise RuntimeError(f"{self.pool.held} pages are held, but requests own {len(owned)}")
+        self.pools.check()
+        owned = {(request.rank, page) for request in self._requests.values() for page in request.pages}
+        if len(owned) != self.pools.held:
+            raise RuntimeError(f"{self.pools.held} pages are held, but requests own {len(owned)}")
 
     def _prepare(self, request: Request) -> None:
         if request.id in self._requests:
@@ -238,31 +256,48 @@ class Scheduler:
         """At least one token is always computed, because the next one is sampled from its row."""
         return request.hashes[: (len(request.tokens) - 1) // PAGE_SIZE]
 
-    def _has_room(self, request: Request) -> bool:
-        """Whether there are pages for all known tokens, and one to spare for each request that grows: else they would be
-        preempted at once by each other."""
+    def _pool(self, request: Request) -> PagePool:
+        return self.pools[request.rank]
+
+    def _find_room(self, request: Request) -> bool:
+        """Gives the request the best rank that has room for it; False if none has."""
         others = self._running + [self._requests[request_id] for request_id in self._missing]
-        spare = sum(not other.one_token for other in others)
-        return len(others) < self.config.max_running and self.pool.fits(
-            self._hittable(request), pages_for(len(request.tokens)) + spare
-        )
+        if len(others) >= self.config.max_running:
+            return False
+        rooms = [room for rank in range(len(self.pools)) if (room := self._room(request, rank, others))]
+        if rooms:
+            request.rank = choose_rank(rooms)
+        return bool(rooms)
+
+    def _room(self, request: Request, rank: int, others: list[Request]) -> Room | None:
+        """None unless there are pages for all known tokens, and one to spare for each request that grows: else they would be
+        preempted at once by each other."""
+        pool, here = self.pools[rank], [other for other in others if other.rank == rank]
+        hashes, needed = self._hittable(request), pages_for(len(request.tokens))
+        if not pool.fits(hashes, needed + sum(not other.one_token for other in here)):
+            return None
+        return Room(rank, pool.count_hits(hashes), pool.free + pool.cached, len(here))
 
     def _take_pages(self, request: Request) -> None:
-        request.pages = self.pool.acquire(self._hittable(request))
+        request.pages = self._pool(request).acquire(self._hittable(request))
         request.num_computed_tokens = PAGE_SIZE * len(request.pages)
         if request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed_tokens
-        fresh = self.pool.allocate(pages_for(len(request.tokens)) - len(request.pages))
-        assert fresh is not None, "_take_pages without _has_room"
+        fresh = self._pool(request).allocate(pages_for(len(request.tokens)) - len(request.pages))
+        assert fresh is not None, "_take_pages without _find_room"
         request.pages += fresh
 
     def _grow(self, request: Request, preempted: list[Request]) -> bool:
         """Gives a running request the page its last token needs; False if it had to give up its own pages instead."""
         if len(request.tokens) <= PAGE_SIZE * len(request.pages):
             return True
-        while (page := self.pool.allocate(1)) is None:
+        while (page := self._pool(request).allocate(1)) is None:
             # A shipment may be reading held pages. `request` itself holds none, because it grows.
-            victim = next(other for other in reversed(self._running) if not other.hold_pages)
+            victim = next(
+                other
+                for other in reversed(self._running)
+                if other.rank == request.rank and not other.hold_pages
+            )
             self._preempt(victim)
             preempted.append(victim)
             if victim is request:
@@ -272,7 +307,7 @@ class Scheduler:
 
     def _preempt(self, request: Request) -> None:
         self._running.remove(request)
-        self.pool.release(request.pages)
+        self._pool(request).release(request.pages)
         request.pages = []
         request.num_computed_tokens = 0
         request.status = Status.WAITING
@@ -291,7 +326,7 @@ class Scheduler:
         if end > len(request.hashes):
             request.hashes = page_hashes(request.namespace, request.tokens, request.hashes)
         for index in range(first, end):
-            self.pool.publish(request.pages[index], request.hashes[index])
+            self._pool(request).publish(request.pages[index], request.hashes[index])
 
     def _append(self, request: Request, token: int) -> None:
         request.tokens.append(token)
@@ -315,6 +350,6 @@ class Scheduler:
             self._drop(request)
 
     def _drop(self, request: Request) -> None:
-        self.pool.release(request.pages)
+        self._pool(request).release(request.pages)
         request.pages = []
         del self._requests[request.id]

@@ -1,5 +1,8 @@
 """Writes a complete DeepSeek-V3.2 checkpoint of a few MB with random weights: `python -m workers.tiny DIR`.
 
+With `--preset v32-slice --layers N --weights random` it writes what a model of the true sizes, cut after N layers, needs besides its
+weights: `EngineConfig.random_weights` makes those where they are used.
+
 Everything the real one has is there (FP8 blocks, shards and index, MTP layer, tokenizer), so the whole service runs on it. The
 scales are chosen so that its output depends on all of a prompt and on what the indexer selects. The same seed gives the
 same bytes everywhere: random integers and single roundings only, no function whose last bit depends on the CPU.
@@ -18,6 +21,7 @@ from kernels.reference import quantize_weight
 from workers import checkpoint
 from workers.checkpoint import MARKERS, QUANTIZATION_CONFIG, SPECIAL, write_checkpoint
 from workers.model_config import ModelConfig
+from workers.slice import HEAD_GAIN, MLP_GAIN, VECTOR_STD, slice_config
 
 CONFIG: dict[str, Any] = {
     "architectures": ["DeepseekV32ForCausalLM"],
@@ -77,23 +81,27 @@ when we there can which their will would about out many then them these so some 
 write go see number no way could people my than first water been call who its now find long down day did get come made
 may part question answer token page cache worker prompt model request prefix attention"""
 
-# Standard deviations, relative to 1 / sqrt(fan-in).
-MLP_GAIN = 0.3  # of the last matrix: where FP8 rounding tips a choice of experts, not everything changes
-HEAD_GAIN = 3.0  # logits spread by about 3: at temperature 1 neither greedy nor uniform
+# Relative to 1 / sqrt(fan-in).
 MARKER_GAIN = 0.3  # of the head's rows for markers: random text should rarely open or close a bracket of the chat format
 
 
 def write_tiny(
-    folder: str | Path, *, seed: int = 0, dtype: Literal["fp8", "bf16"] = "fp8", **config_overrides: Any
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: Literal["fp8", "bf16"] = "fp8",
+    weights: bool = True,
+    **config_overrides: Any,
 ) -> None:
     """Writes config, weights, tokenizer and generation config into `folder`, which is made if need be.
 
-    `config_overrides` replace keys of `CONFIG`. Raises ValueError for a config that this project does not support.
+    `weights=False` leaves the weights out. `config_overrides` replace keys of `CONFIG`. Raises ValueError for a config that this
+    project does not support.
     """
     config = CONFIG | config_overrides
     if dtype == "fp8":
         config["quantization_config"] = QUANTIZATION_CONFIG
-    tensors = _Tensors(ModelConfig.from_json(config), seed=seed, dtype=dtype).all()
+    tensors = _Tensors(ModelConfig.from_json(config), seed=seed, dtype=dtype).all() if weights else None
     write_checkpoint(folder, config, build_tokenizer(config["vocab_size"]), tensors)
 
 
@@ -124,7 +132,7 @@ class _Tensors:
             yield from self._mlp(f"{name}.mlp", config.intermediate_size)
             return
         yield self._table(f"{name}.mlp.gate", config.n_routed_experts, config.hidden_size)
-        bias = self._uniform((config.n_routed_experts,), 0.1)
+        bias = self._uniform((config.n_routed_experts,), VECTOR_STD)
         yield f"{name}.mlp.gate.e_score_correction_bias", bias
         for expert in range(config.n_routed_experts):
             yield from self._mlp(f"{name}.mlp.experts.{expert}", config.moe_intermediate_size)
@@ -148,7 +156,7 @@ class _Tensors:
         yield from self._matrix(f"{name}.indexer.wq_b", index_heads * index_dim, config.q_lora_rank)
         yield from self._matrix(f"{name}.indexer.wk", index_dim, hidden)
         yield self._norm(f"{name}.indexer.k_norm", index_dim)
-        yield f"{name}.indexer.k_norm.bias", self._uniform((index_dim,), 0.1)
+        yield f"{name}.indexer.k_norm.bias", self._uniform((index_dim,), VECTOR_STD)
         yield self._table(f"{name}.indexer.weights_proj", index_heads, hidden)
 
     def _mlp(self, name: str, size: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -194,7 +202,7 @@ class _Tensors:
         return f"{name}.weight", weight.bfloat16()
 
     def _norm(self, name: str, size: int) -> tuple[str, torch.Tensor]:
-        return f"{name}.weight", 1.0 + self._uniform((size,), 0.1)
+        return f"{name}.weight", 1.0 + self._uniform((size,), VECTOR_STD)
 
     def _uniform(self, shape: tuple[int, ...], std: float) -> torch.Tensor:
         """fp32, evenly spread over +-std * sqrt(3)."""
@@ -216,10 +224,25 @@ def _sentences() -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m workers.tiny", description=__doc__.splitlines()[0])
     parser.add_argument("folder", help="where to write; made if need be")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--preset", choices=("tiny", "v32-slice"), default="tiny", help="sizes of the model")
+    parser.add_argument(
+        "--layers", type=int, default=4, help="of the slice: 3 dense ones, then mixtures of experts"
+    )
+    parser.add_argument(
+        "--weights", choices=("file", "random"), default="file", help="random: made when the model is loaded"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the weights in the file")
     parser.add_argument("--dtype", choices=("fp8", "bf16"), default="fp8", help="of the linear layers")
     arguments = parser.parse_args()
-    write_tiny(arguments.folder, seed=arguments.seed, dtype=arguments.dtype)
+    if arguments.preset == "v32-slice" and arguments.weights == "file":
+        parser.error("a slice has tens of GB of weights: add --weights random")
+    write_tiny(
+        arguments.folder,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        weights=arguments.weights == "file",
+        **(slice_config(arguments.layers) if arguments.preset == "v32-slice" else {}),
+    )
     size = sum(path.stat().st_size for path in Path(arguments.folder).iterdir())
     print(f"{arguments.folder}: {size / 1e6:.1f} MB")
 

@@ -4,17 +4,17 @@
 """
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Protocol, Self
 
 import msgspec
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernels.dispatch import Ops
+from kernels.dispatch import ExpertWeights, Ops
 from kernels.layout import QUANT_BLOCK
 from workers.layers import MLP, FusedLinear, LayerNorm, Linear, RMSNorm
 
@@ -29,6 +29,16 @@ _DTYPES = {
     "F32": torch.float32,
 }  # safetensors' names; others are refused
 _FLOATS = (torch.bfloat16, torch.float32)
+
+
+class Source(Protocol):
+    """Where tensors come from, each once. folder: for messages."""
+
+    folder: Path
+
+    def take(self, name: str, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> torch.Tensor: ...
+
+    def leave(self, prefix: str, children: Container[str]) -> None: ...
 
 
 class CheckpointError(ValueError):
@@ -94,6 +104,17 @@ class Checkpoint:
             self._progress(self._num_tensors - len(self._waiting), self._num_tensors)
         return tensor
 
+    def leave(self, prefix: str, children: Container[str]) -> None:
+        """The tensors prefix + child + ... are another rank's."""
+        start = len(prefix)
+        left = [
+            name
+            for name in self._waiting
+            if name.startswith(prefix) and name[start:].split(".")[0] in children
+        ]
+        for name in left:
+            del self._waiting[name]
+
     def finish(self) -> None:
         """CheckpointError if a tensor was not taken: the files hold another model than the config says."""
         if self._waiting:
@@ -146,6 +167,28 @@ class _Index(msgspec.Struct):
     weight_map: dict[str, str]
 
 
+class _Stack:
+    """Matrices of one shape, with their scales if they are FP8, in one tensor that the first of them makes room for."""
+
+    weight: torch.Tensor
+    scale_inv: torch.Tensor | None = None
+
+    def __init__(self, *counts: int) -> None:
+        self._counts = counts
+        self._empty = True
+
+    def put(self, place: tuple[int, ...], weight: torch.Tensor, scale_inv: torch.Tensor | None) -> None:
+        if self._empty:
+            self.weight = weight.new_empty(*self._counts, *weight.shape)
+            self.scale_inv = (
+                None if scale_inv is None else scale_inv.new_empty(*self._counts, *scale_inv.shape)
+            )
+            self._empty = False
+        self.weight[place].copy_(weight)
+        if self.scale_inv is not None and scale_inv is not None:
+            self.scale_inv[place].copy_(scale_inv)
+
+
 @dataclass(frozen=True)
 class Weights:
     """Makes layers of the tensors under one name prefix.
@@ -155,7 +198,7 @@ class Weights:
     quantized: whether config.json announces FP8 matrices at all.
     """
 
-    checkpoint: Checkpoint
+    checkpoint: Source
     ops: Ops
     precision: Literal["fp8", "fp32"]
     dtype: torch.dtype
@@ -164,6 +207,10 @@ class Weights:
 
     def at(self, name: str) -> "Weights":
         return replace(self, prefix=f"{self.prefix}{name}.")
+
+    def leave(self, children: Container[str]) -> None:
+        """Reads nothing of these: another rank does."""
+        self.checkpoint.leave(self.prefix, children)
 
     def vector(self, name: str, size: int) -> torch.Tensor:
         """fp32 [size]."""
@@ -183,13 +230,8 @@ class Weights:
 
     def fused(self, rows: dict[str, int], columns: int) -> FusedLinear:
         """Matrices of the same input, name -> rows, as one. Either all of them are FP8, or none."""
-        matrices = [self._take_matrix(name, count, columns) for name, count in rows.items()]
+        matrices = self._take_alike(rows, columns)
         scales = [scale_inv for _, scale_inv in matrices if scale_inv is not None]
-        if len(scales) not in (0, len(matrices)):
-            names = ", ".join(self.prefix + name for name in rows)
-            raise CheckpointError(
-                f"{self.checkpoint.folder}: some of {names} are FP8, but all or none must be"
-            )
         ends = list(itertools.accumulate(-(-count // QUANT_BLOCK) * QUANT_BLOCK for count in rows.values()))
         starts = (0, *ends[:-1])
         stacked = matrices[0][0].new_zeros(starts[-1] + len(matrices[-1][0]), columns)
@@ -199,23 +241,63 @@ class Weights:
         return FusedLinear(linear, starts, tuple(rows.values()))
 
     def rms_norm(self, name: str, size: int, eps: float) -> RMSNorm:
-        return RMSNorm(self.vector(f"{name}.weight", size), eps)
+        return RMSNorm(self.vector(f"{name}.weight", size), eps, self.ops)
 
     def layer_norm(self, name: str, size: int) -> LayerNorm:
-        return LayerNorm(self.vector(f"{name}.weight", size), self.vector(f"{name}.bias", size))
+        weight, bias = (self.vector(f"{name}.{part}", size) for part in ("weight", "bias"))
+        return LayerNorm(weight, bias, self.ops)
 
     def mlp(self, hidden_size: int, intermediate_size: int) -> MLP:
         return MLP(
             self.fused({"gate_proj": intermediate_size, "up_proj": intermediate_size}, hidden_size),
             self.linear("down_proj", hidden_size, intermediate_size),
+            self.ops,
         )
 
+    def experts(self, numbers: range, hidden_size: int, intermediate_size: int) -> ExpertWeights:
+        """The matrices of the experts of these numbers: all FP8, or none. Each is read into its place among the others, since
+        all of a layer's are too large to be held twice."""
+        gate_up, down = _Stack(len(numbers), 2), _Stack(len(numbers))
+        plain: set[bool] = set()
+        for place, number in enumerate(numbers):
+            at = self.at(f"experts.{number}")
+            pair = at._take_alike({"gate_proj": intermediate_size, "up_proj": intermediate_size}, hidden_size)
+            last = at._take_alike({"down_proj": hidden_size}, intermediate_size)
+            for index, matrix in enumerate(pair):
+                gate_up.put((place, index), *at._in_precision(*matrix))
+            down.put((place,), *at._in_precision(*last[0]))
+            plain |= {scale_inv is None for _, scale_inv in (*pair, *last)}
+            if len(plain) > 1:
+                raise CheckpointError(
+                    f"{self.checkpoint.folder}: some matrices of {at.prefix}* and the experts before are FP8, "
+                    "but all or none must be"
+                )
+        return self.ops.prepare_experts(gate_up.weight, gate_up.scale_inv, down.weight, down.scale_inv)
+
     def _linear(self, weight: torch.Tensor, scale_inv: torch.Tensor | None) -> Linear:
+        weight, scale_inv = self._in_precision(weight, scale_inv)
         if scale_inv is None:
             return Linear(weight, self.ops)
-        if self.precision == "fp32":
-            return Linear(self.ops.dequantize_weight(weight, scale_inv).to(self.dtype), self.ops)
         return Linear(self.ops.prepare_fp8_weight(weight, scale_inv), self.ops)
+
+    def _in_precision(
+        self, weight: torch.Tensor, scale_inv: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if scale_inv is None or self.precision == "fp8":
+            return weight, scale_inv
+        return self.ops.dequantize_weight(weight, scale_inv).to(self.dtype), None
+
+    def _take_alike(
+        self, rows: dict[str, int], columns: int
+    ) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Matrices of the same input, name -> rows. Either all of them are FP8, or none."""
+        matrices = [self._take_matrix(name, count, columns) for name, count in rows.items()]
+        if len({scale_inv is None for _, scale_inv in matrices}) > 1:
+            names = ", ".join(self.prefix + name for name in rows)
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: some of {names} are FP8, but all or none must be"
+            )
+        return matrices
 
     def _take_matrix(self, name: str, rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """A matrix in the activations' dtype, or e4m3 with a scale for each block of 128 x 128, the last ones cut short."""

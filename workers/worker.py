@@ -108,6 +108,7 @@ class Worker:
         try:
             while not self._stopping:
                 self._drain()
+                self.engine.check()
                 if self.engine.has_work():
                     self._after_step(self.engine.step())
                 self._flush()

@@ -1,9 +1,25 @@
 """The operators in plain PyTorch, for CPU and CUDA tensors: the definition of correct."""
 
-from kernels.reference.cache import read_index_keys, read_latents, write_index_keys, write_latents
+from kernels.reference.cache import (
+    read_index_keys,
+    read_latents,
+    rotate_latents,
+    write_index_keys,
+    write_latents,
+)
+from kernels.reference.experts import expert_mlp, prepare_experts
+from kernels.reference.gate import choose_experts
 from kernels.reference.indexer import hadamard, index_scores, select_tokens
 from kernels.reference.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
 from kernels.reference.mla import dense_mla, sparse_mla
+from kernels.reference.norm import (
+    add_rms_norm,
+    add_rms_norm_quantized,
+    layer_norm,
+    rms_norm,
+    swiglu,
+    swiglu_quantized,
+)
 from kernels.reference.pack import checksums, pack_pages, unpack_pages
 from kernels.reference.quant import (
     dequantize_blocks,
@@ -14,23 +30,33 @@ from kernels.reference.quant import (
 from kernels.reference.topk import top_k
 
 __all__ = [
+    "add_rms_norm",
+    "add_rms_norm_quantized",
     "checksums",
+    "choose_experts",
     "dense_mla",
     "dequantize_blocks",
     "dequantize_weight",
+    "expert_mlp",
     "fp8_linear",
     "hadamard",
     "head_linear",
     "index_scores",
+    "layer_norm",
     "linear",
     "pack_pages",
+    "prepare_experts",
     "prepare_fp8_weight",
     "quantize_blocks",
     "quantize_weight",
     "read_index_keys",
     "read_latents",
+    "rms_norm",
+    "rotate_latents",
     "select_tokens",
     "sparse_mla",
+    "swiglu",
+    "swiglu_quantized",
     "top_k",
     "unpack_pages",
     "write_index_keys",

@@ -5,6 +5,7 @@ contiguous. Reading a slot outside 0 .. P x 64 - 1 gives zeros; writing takes va
 """
 
 import torch
+import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.quant import dequantize_blocks, quantize_blocks
@@ -22,6 +23,32 @@ def write_latents(
         parts = [latent.float(), k_pe.float()]
     row_bytes = torch.cat([part.contiguous().view(torch.uint8) for part in parts], dim=-1)
     pages.view(-1, layout.latent_row_bytes).index_copy_(0, slots, row_bytes)
+
+
+def rotate_latents(
+    query_pe: torch.Tensor,
+    latent: torch.Tensor,
+    key_pe: torch.Tensor,
+    norm_weight: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: CacheLayout,
+) -> torch.Tensor:
+    """Everything between MLA's projections and its attention: RoPE of queries and keys, norm of the latents, and their cache.
+
+    query_pe:    [T, H, rope_dim], key_pe [T, rope_dim], latent [T, latent_dim]: as projected, of one dtype, strided views too
+    norm_weight: fp32 [latent_dim] of the RMSNorm, which is computed and scaled in fp32 and cast last
+    cos, sin:    fp32 [T, 1, rope_dim / 2], of each row's position
+    slots:       int64 [T], valid and distinct: where each row's latent and roped key go
+    Returns the roped query_pe in its dtype. MLA pairs neighbouring channels (2i, 2i+1), in fp32.
+    """
+    normed = F.rms_norm(latent.float(), norm_weight.shape, norm_weight, eps).to(latent.dtype)
+    roped_key = _rotate_neighbours(key_pe.unsqueeze(1), cos, sin).squeeze(1)
+    write_latents(pages, slots, normed, roped_key, layout)
+    return _rotate_neighbours(query_pe, cos, sin)
 
 
 def write_index_keys(
@@ -66,6 +93,12 @@ def read_index_pages(pages: torch.Tensor, page_ids: torch.Tensor, layout: CacheL
     if layout.quantized:
         return dequantize_blocks(keys.view(torch.float8_e4m3fn), _index_scales(taken, layout))
     return keys.view(torch.float32)
+
+
+def _rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """[T, heads, rope_dim] -> same shape and dtype."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _take(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

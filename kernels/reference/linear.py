@@ -9,20 +9,20 @@ come in fours, columns in 64s, channels 128 at a time. On a GPU there is no such
 import torch
 import torch.nn.functional as F
 
-from kernels.dispatch import Fp8Weight
-from kernels.reference.quant import dequantize_blocks, dequantize_weight, quantize_blocks
+from kernels.dispatch import Fp8Weight, QuantizedRows
+from kernels.reference.quant import dequantize_blocks, dequantize_weight, quantize_rows
 
 CHANNEL_BLOCK = 128  # measured: 192 is too many for two threads of an Intel CPU
 ROW_MULTIPLE, COLUMN_MULTIPLE = 4, 64
 ROW_TILES = (64, 16)  # 64 rows and more take the large ones, which are faster; few would be padded to them
 
 
-def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """x [T, K], weight float [N, K] -> [T, N] in x's dtype."""
+def linear(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x [T, K], weight float [N, K] -> [T, N] in `dtype`, by default x's. Multiplied as fp32, whatever both are."""
     tiles, columns = _row_tiles(x.float()), len(weight)
     padded = _pad(weight.float(), 0, COLUMN_MULTIPLE)
     out = blocked_bmm(tiles, padded.T.expand(len(tiles), -1, -1))
-    return out.flatten(0, 1)[: len(x), :columns].to(x.dtype)
+    return out.flatten(0, 1)[: len(x), :columns].to(dtype or x.dtype)
 
 
 def prepare_fp8_weight(weight: torch.Tensor, scale_inv: torch.Tensor) -> Fp8Weight:
@@ -33,10 +33,11 @@ def prepare_fp8_weight(weight: torch.Tensor, scale_inv: torch.Tensor) -> Fp8Weig
     return Fp8Weight((dequantize_weight(weight, scale_inv),))
 
 
-def fp8_linear(x: torch.Tensor, weight: Fp8Weight) -> torch.Tensor:
-    """x [T, K], weight [N, K] -> [T, N] in x's dtype. The activations are quantised per 128 channels."""
+def fp8_linear(x: torch.Tensor | QuantizedRows, weight: Fp8Weight) -> torch.Tensor:
+    """x [T, K], weight [N, K] -> [T, N] in x's dtype. The activations are quantised per 128 channels, if they are not yet."""
     (dequantized,) = weight.tensors
-    return linear(dequantize_blocks(*quantize_blocks(x)), dequantized).to(x.dtype)
+    rows = x if isinstance(x, QuantizedRows) else quantize_rows(x)
+    return linear(dequantize_blocks(rows.values, rows.scales), dequantized, rows.dtype)
 
 
 def head_linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -7,6 +7,7 @@ and multiplies by the scales afterwards. Source: act_quant with scale_fmt ue8m0 
 import torch
 import torch.nn.functional as F
 
+from kernels.dispatch import QuantizedRows
 from kernels.layout import QUANT_BLOCK
 
 E4M3_MAX = 448.0
@@ -23,6 +24,10 @@ def quantize_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scales = _power_of_two_scales(blocks.abs().amax(-1))
     values = _round_in_place(blocks / scales.unsqueeze(-1))
     return values.flatten(-2)[..., : x.shape[-1]], scales
+
+
+def quantize_rows(x: torch.Tensor) -> QuantizedRows:
+    return QuantizedRows(*quantize_blocks(x), x.dtype)
 
 
 def dequantize_blocks(values: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:

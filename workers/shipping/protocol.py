@@ -14,7 +14,7 @@ import msgspec
 
 from kernels.layout import CacheLayout
 
-VERSION = 1
+VERSION = 2
 MAX_MESSAGE_BYTES = 2**20  # a header of the largest shipment takes some 20 kB
 MAX_SHIPMENT_BYTES = (
     16 * 2**20
@@ -151,7 +151,8 @@ class Commit(_Message, frozen=True, tag="commit"):
     """Prefill to decode: every shipment of the request was accepted; go on from `token`.
 
     num_pages: of the whole prompt, with those that the decode worker held already. finish: why the request is over
-    with its first token, None if it is not.
+    with its first token, None if it is not. num_commits: as many ranks of the prefill worker ship a share of the pages and say so;
+    the last of them counts.
     """
 
     request_id: str
@@ -159,6 +160,7 @@ class Commit(_Message, frozen=True, tag="commit"):
     num_pages: int
     token: int
     finish: str | None
+    num_commits: int = 1
 
 
 class Committed(_Message, frozen=True, tag="committed"):

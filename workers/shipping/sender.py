@@ -103,9 +103,12 @@ class Shipper:
         written = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
         self._post(ticket, lambda lane: lane.add(ticket, page_indices, page_ids, written))
 
-    def commit(self, ticket: Ticket, token: int, finish: str | None) -> None:
-        """After the last `ship`: hands over the first token, and the request with it, once every page was accepted."""
-        commit = Commit(ticket.request_id, ticket.decode_epoch, len(ticket.pages), token, finish)
+    def commit(self, ticket: Ticket, token: int, finish: str | None, num_commits: int = 1) -> None:
+        """After the last `ship`: hands over the first token, and the request with it, once every page was accepted.
+
+        num_commits: how many shippers share the request, each with its own pages and its own commit
+        """
+        commit = Commit(ticket.request_id, ticket.decode_epoch, len(ticket.pages), token, finish, num_commits)
         self._post(ticket, lambda lane: lane.commit(commit))
 
     def abandon(self, ticket: Ticket) -> None:

@@ -1,0 +1,1 @@
+"""A worker of several ranks: one process for each, rank 0 leads."""
