@@ -90,7 +90,7 @@ def test_a_stopped_stage_goes_on_as_if_nothing_had_been(
     """The learning rate falls with time, so it is held: the two runs differ in nothing else."""
     monkeypatch.setattr(stages.DenseStage, "hold", 2.0)
     whole, parts = train.Run(tmp_path / "whole"), train.Run(tmp_path / "parts")
-    train.train("dense", whole, 9.0, device="cpu")
+    train.train("dense", whole, 5.0, device="cpu")
     steps = _steps(whole)
     seconds = 0.0
     while not parts.progress("dense").exists() or _steps(parts) < steps:
