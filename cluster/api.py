@@ -1,22 +1,22 @@
 """The HTTP routes, OpenAI-compatible. Reads and writes bodies; what happens in between is `cluster.completion`."""
 
-import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import Callable
+from typing import Any
 
 import msgspec
-from msgspec import UNSET
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from cluster.answer import Answer, Choice
 from cluster.billing import Books
 from cluster.chat_encoding import render
-from cluster.completion import Completion, Part
+from cluster.completion import Completion
 from cluster.config import ClusterConfig
 from cluster.controller import WorkerInfo
 from cluster.errors import (
@@ -29,22 +29,13 @@ from cluster.errors import (
     UnsupportedMedia,
 )
 from cluster.flight import Flight, Pilot
+from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
-from cluster.output import Delta, Output
-from cluster.responses import (
-    DONE,
-    ChatLogprobsWriter,
-    ChatReply,
-    CompletionLogprobsWriter,
-    CompletionReply,
-    ModelCard,
-    ModelList,
-    PromptProgress,
-    encode,
-    sse,
-)
-from cluster.schemas import GenerationRequest, Limits, parse_chat, parse_completion
+from cluster.output import Output
+from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, encode
+from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
 from cluster.tenants import Tenant, Tenants
+from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
 from workers.page_hash import page_hashes
 
@@ -91,6 +82,8 @@ class Api:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
@@ -102,30 +95,24 @@ class Api:
         tenant = self._admit(request)
         wanted = parse_chat(await self._body(request), self._limits)
         prompt = self._tokenizer.encode(render(wanted.messages, thinking=wanted.thinks))
-        completion = self._begin("chatcmpl", tenant, wanted, prompt, thinking=wanted.thinks)
-        reply = ChatReply(
-            id=completion.flight.id,
-            model=wanted.model,
-            created=int(time.time()),
-            include_usage=wanted.include_usage,
-        )
-        logprobs = ChatLogprobsWriter(self._tokenizer)
-        return await self._answer(wanted, completion, reply, logprobs)
+        reply = ChatReply(**self._identity("chatcmpl", wanted))
+        choices = self._choices(reply.id, tenant, wanted, [prompt])
+        return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
 
     async def complete(self, request: Request) -> Response:
         tenant = self._admit(request)
         wanted = parse_completion(await self._body(request), self._limits)
-        prompt = wanted.prompt
-        tokens = self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
-        completion = self._begin("cmpl", tenant, wanted, tokens, thinking=False)
-        reply = CompletionReply(
-            id=completion.flight.id,
-            model=wanted.model,
-            created=int(time.time()),
-            include_usage=wanted.include_usage,
-        )
-        logprobs = CompletionLogprobsWriter(self._tokenizer)
-        return await self._answer(wanted, completion, reply, logprobs)
+        prompts = [
+            self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in wanted.prompt
+        ]
+        reply = CompletionReply(**self._identity("cmpl", wanted))
+        choices = self._choices(reply.id, tenant, wanted, prompts)
+        if wanted.echo:
+            for index, choice in enumerate(choices):
+                prompt = wanted.prompt[index // wanted.n]
+                choice.echo = prompt if isinstance(prompt, str) else self._tokenizer.text(prompt)
+        return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
 
     async def models(self, request: Request) -> Response:
         self._tenants.of(request.headers.get("authorization"))
@@ -136,6 +123,18 @@ class Api:
             vocab_size=self._limits.vocab_size,
         )
         return _json(encode(ModelList(data=[card])))
+
+    async def tokenize(self, request: Request) -> Response:
+        self._tenants.of(request.headers.get("authorization"))
+        wanted = parse_tokenize(await self._body(request))
+        self._check_model(wanted.model)
+        return _json(encode(tokenize(wanted, self._tokenizer, self._limits.max_context)))
+
+    async def detokenize(self, request: Request) -> Response:
+        self._tenants.of(request.headers.get("authorization"))
+        wanted = parse_detokenize(await self._body(request), self._limits.vocab_size)
+        self._check_model(wanted.model)
+        return _json(encode(Detokenized(prompt=self._tokenizer.text(wanted.tokens))))
 
     async def health(self, request: Request) -> Response:
         """Alive: this process answers."""
@@ -175,24 +174,59 @@ class Api:
                 raise TooLarge(max_bytes=limit)
         return bytes(body)
 
-    def _begin(
-        self, prefix: str, tenant: Tenant, wanted: GenerationRequest, prompt: list[int], *, thinking: bool
-    ) -> Completion:
-        if wanted.model != self._config.served_model_name:
-            raise UnknownModel(wanted.model)
-        flight = Flight(
-            id=f"{prefix}-{secrets.token_hex(12)}",
-            prompt=prompt,
-            sampling=wanted.sampling(self._limits, len(prompt)),
-            namespace=tenant.namespace,
-            page_hashes=page_hashes(tenant.namespace, prompt),
-            wants_progress=wanted.return_progress,
-            wants_selected_pages=wanted.selected_pages,
-        )
+    def _check_model(self, model: str) -> None:
+        if model != self._config.served_model_name:
+            raise UnknownModel(model)
+
+    def _identity(self, prefix: str, wanted: GenerationRequest) -> dict[str, Any]:
+        """What begins a Reply."""
+        self._check_model(wanted.model)
+        return {
+            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "model": wanted.model,
+            "created": int(time.time()),
+            "include_usage": wanted.include_usage,
+        }
+
+    def _choices(
+        self, id: str, tenant: Tenant, wanted: GenerationRequest, prompts: list[list[int]]
+    ) -> list[Choice]:
+        """All choices of the first prompt, then those of the second. Raises ContextTooLong."""
+        single = len(prompts) * wanted.n == 1
+        choices: list[Choice] = []
+        for prompt in prompts:
+            sampling = wanted.sampling(self._limits, len(prompt))
+            hashes = page_hashes(tenant.namespace, prompt)
+            leader = None
+            for number in range(wanted.n):
+                flight = Flight(
+                    id=id if single else f"{id}-{len(choices)}",
+                    prompt=prompt,
+                    sampling=msgspec.structs.replace(sampling, seed=sampling.seed + number),
+                    namespace=tenant.namespace,
+                    page_hashes=hashes,
+                    wants_progress=wanted.return_progress,
+                    wants_selected_pages=wanted.selected_pages,
+                )
+                choices.append(self._choice(flight, tenant, wanted, leader))
+                leader = leader or choices[-1]
+        return choices
+
+    def _choice(
+        self,
+        flight: Flight,
+        tenant: Tenant,
+        wanted: GenerationRequest,
+        leader: Choice | None,
+    ) -> Choice:
         output = Output(
-            self._tokenizer, thinking=thinking, stop=wanted.stops, stop_token_ids=wanted.stop_token_ids
+            self._tokenizer,
+            thinking=wanted.thinks,
+            stop=wanted.stops,
+            stop_token_ids=wanted.stop_token_ids,
+            min_tokens=wanted.min_tokens,
         )
-        return Completion(
+        completion = Completion(
             flight,
             output,
             tenant=tenant,
@@ -200,23 +234,19 @@ class Api:
             pilot=self._pilot,
             books=self._books,
             metrics=self._metrics,
+            bills_prompt=leader is None,
         )
+        writer = ChatLogprobsWriter if isinstance(wanted, ChatRequest) else CompletionLogprobsWriter
+        return Choice(completion, writer(self._tokenizer), leader)
 
-    async def _answer(
-        self,
-        wanted: GenerationRequest,
-        completion: Completion,
-        reply: ChatReply | CompletionReply,
-        logprobs: ChatLogprobsWriter | CompletionLogprobsWriter,
-    ) -> Response:
-        headers = {"x-request-id": completion.flight.id}
-        parts = completion.parts()
+    async def _answer(self, wanted: GenerationRequest, answer: Answer) -> Response:
+        headers = {"x-request-id": answer.id}
         if not wanted.stream:
-            body = await _whole(parts, completion, reply, logprobs)
-            return _json(body, headers)
-        first = await anext(parts)  # an error before the first event gets its own status
-        events = _events(first, parts, completion, reply, logprobs, include_usage=wanted.include_usage)
-        return StreamingResponse(events, media_type="text/event-stream", headers=STREAM_HEADERS | headers)
+            return _json(await answer.body(), headers)
+        await answer.begin()
+        return StreamingResponse(
+            answer.events(), media_type="text/event-stream", headers=STREAM_HEADERS | headers
+        )
 
     async def _api_error(self, request: Request, error: ApiError) -> Response:
         self._metrics.rejected(error)
@@ -231,66 +261,6 @@ class Api:
     async def _fault(self, request: Request, error: Exception) -> Response:
         """Starlette raises the error again once this has been sent, so that it is logged."""
         return await self._api_error(request, ApiError("an internal error; it has been logged"))
-
-
-async def _whole(
-    parts: AsyncGenerator[Part | PromptProgress, None],
-    completion: Completion,
-    reply: ChatReply | CompletionReply,
-    logprobs: ChatLogprobsWriter | CompletionLogprobsWriter,
-) -> bytes:
-    """The body of an answer that is not streamed."""
-    reasoning, content, tokens, entries = [], [], [], []
-    async with contextlib.aclosing(parts):
-        async for part in parts:
-            assert isinstance(part, Part), "only a stream tells its progress"
-            reasoning.append(part.delta.reasoning)
-            content.append(part.delta.content)
-            tokens += part.tokens
-            entries += part.logprobs or []
-    delta = Delta("".join(reasoning), "".join(content))
-    written = logprobs.write(tokens, entries) if entries else None
-    return reply.whole(
-        delta,
-        completion.finish_reason,
-        completion.usage,
-        completion.timing,
-        written,  # type: ignore[arg-type]
-        completion.debug,
-    )
-
-
-async def _events(
-    first: Part | PromptProgress,
-    parts: AsyncGenerator[Part | PromptProgress, None],
-    completion: Completion,
-    reply: ChatReply | CompletionReply,
-    logprobs: ChatLogprobsWriter | CompletionLogprobsWriter,
-    *,
-    include_usage: bool,
-) -> AsyncGenerator[bytes, None]:
-    """Server-sent events. An error in mid-stream is an event of its own, and no [DONE] follows."""
-
-    def event(part: Part | PromptProgress) -> bytes:
-        if isinstance(part, PromptProgress):
-            return reply.progress(part)
-        written = logprobs.write(part.tokens, part.logprobs) if part.logprobs else None
-        return reply.delta(part.delta, written)  # type: ignore[arg-type]
-
-    async with contextlib.aclosing(parts):
-        if isinstance(reply, ChatReply):
-            yield reply.start()
-        yield event(first)
-        try:
-            async for part in parts:
-                yield event(part)
-        except ApiError as error:
-            yield sse(error.body())
-            return
-        yield reply.end(completion.finish_reason, UNSET if include_usage else completion.debug)
-        if include_usage:
-            yield reply.usage(completion.usage, completion.timing, completion.debug)
-        yield DONE
 
 
 def _json(body: bytes, headers: dict[str, str] | None = None, *, status: int = 200) -> Response:

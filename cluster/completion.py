@@ -6,7 +6,7 @@ Whatever ends it (the model, a stop string, a client that went away, a fault of 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
@@ -30,9 +30,22 @@ class Part:
     tokens: list[int]
     logprobs: list[TokenLogprobs] | None
 
+    @classmethod
+    def joined(cls, parts: Iterable["Part"]) -> "Part":
+        """One after another, in one piece."""
+        deltas, tokens, logprobs = [Delta()], [], []
+        for part in parts:
+            deltas.append(part.delta)
+            tokens += part.tokens
+            logprobs += part.logprobs or []
+        return cls(Delta.joined(deltas), tokens, logprobs or None)
+
 
 class Completion:
-    """Iterate over `parts`, then read `finish_reason`, `usage`, `timing` and `debug`."""
+    """Iterate over `parts`, then read `finish_reason`, `usage`, `timing` and `debug`.
+
+    bills_prompt False: another completion of the same request has the same prompt and pays for it.
+    """
 
     def __init__(
         self,
@@ -44,6 +57,7 @@ class Completion:
         pilot: Pilot,
         books: Books,
         metrics: Metrics,
+        bills_prompt: bool = True,
     ) -> None:
         self.flight = flight
         self._output = output
@@ -52,6 +66,7 @@ class Completion:
         self._pilot = pilot
         self._books = books
         self._metrics = metrics
+        self._bills_prompt = bills_prompt
         self._price = books.price(time.time())
         self._opening: asyncio.Task[None] | None = None
 
@@ -118,15 +133,16 @@ class Completion:
         """Called with the quote; goes on beside the prefill, and the first token waits for it."""
         flight = self.flight
         assert flight.num_quoted is not None
+        hit_tokens, miss_tokens = self._prompt_tokens(flight.num_quoted)
         opening = Opening(
             request_id=flight.id,
             tenant=self._tenant.name,
             key_id=self._tenant.key_id,
             model=self._model,
             price=self._price,
-            prompt_tokens=len(flight.prompt),
-            hit_tokens=flight.num_quoted,
-            miss_tokens=len(flight.prompt) - flight.num_quoted,
+            prompt_tokens=hit_tokens + miss_tokens,
+            hit_tokens=hit_tokens,
+            miss_tokens=miss_tokens,
             time_ms=time.time_ns() // 10**6,
         )
         self._opening = asyncio.create_task(self._books.open(opening))
@@ -140,13 +156,18 @@ class Completion:
 
     def _settlement(self, finish: Finish) -> Settlement:
         flight, output = self.flight, self._output
+        hit_tokens, miss_tokens = self._prompt_tokens(flight.num_hit)
         return Settlement(
             request_id=flight.id,
-            hit_tokens=flight.num_hit,
-            miss_tokens=len(flight.prompt) - flight.num_hit,
+            hit_tokens=hit_tokens,
+            miss_tokens=miss_tokens,
             output_tokens=output.num_tokens,
             reasoning_tokens=output.num_reasoning_tokens,
             finish=finish,
             resumes=flight.restarts,
             time_ms=time.time_ns() // 10**6,
         )
+
+    def _prompt_tokens(self, num_hit: int) -> tuple[int, int]:
+        """Tokens to bill as hit and as miss."""
+        return (num_hit, len(self.flight.prompt) - num_hit) if self._bills_prompt else (0, 0)

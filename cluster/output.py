@@ -1,6 +1,6 @@
 """The model's tokens as a reader sees them: reasoning, answer, stop strings. Knows nothing of HTTP or of workers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from cluster.tokenizer import Detokenizer, Tokenizer
@@ -12,12 +12,17 @@ class Delta(NamedTuple):
     reasoning: str = ""
     content: str = ""
 
+    @classmethod
+    def joined(cls, deltas: Iterable["Delta"]) -> "Delta":
+        """One after another, in one piece."""
+        return cls(*map("".join, zip(*deltas, strict=True)))
+
 
 class Output:
     """One reply, token by token.
 
     While the model thinks, its text is reasoning, until `</think>`. Stop strings are looked for in the answer only, never
-    in the reasoning, and the ids in `stop_token_ids` are no text.
+    in the reasoning nor in the first `min_tokens` tokens, and the ids in `stop_token_ids` are no text.
     """
 
     def __init__(
@@ -27,12 +32,14 @@ class Output:
         thinking: bool,
         stop: Sequence[str] = (),
         stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
         self._tokenizer = tokenizer
         self._thinking = thinking
         self._reasoning = Detokenizer(tokenizer)
         self._answer = Detokenizer(tokenizer, stop)
         self._stop_token_ids = frozenset(stop_token_ids)
+        self._min_tokens = min_tokens
         self.num_tokens = 0  # up to and with the one that completed a stop string
         self.num_reasoning_tokens = 0  # without </think>
 
@@ -51,7 +58,7 @@ class Output:
             if token in self._stop_token_ids:
                 continue
             if not self._thinking:
-                content.append(self._answer.push(token))
+                content.append(self._answer.push(token, may_stop=self.num_tokens > self._min_tokens))
             elif token == self._tokenizer.think_end_id:
                 self._thinking = False
                 reasoning.append(self._reasoning.finish())

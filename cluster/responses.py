@@ -1,18 +1,16 @@
 """The bodies and server-sent events that answer a request, in OpenAI's shapes. Knows nothing of how the tokens came about."""
 
-import codecs
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from cluster.logprobs import ChatLogprobs, CompletionLogprobs
 from cluster.output import Delta
 from cluster.prices import dollars
-from cluster.tokenizer import Tokenizer
-from workers.request import TokenLogprobs
 
 DONE = b"data: [DONE]\n\n"
-LOWEST_LOGPROB = -9999.0  # stands for -inf, which JSON cannot write; as in vLLM
 
 # Line ends to Unicode but not to JSON; some clients split a stream at them.
 LINE_ENDS = {"\x85": rb"\u0085", "\u2028": rb"\u2028", "\u2029": rb"\u2029"}
@@ -62,6 +60,17 @@ class Usage(Struct, frozen=True, kw_only=True):
             cost_nanodollars=cost_nanodollars,
         )
 
+    @classmethod
+    def total(cls, parts: Sequence["Usage"]) -> "Usage":
+        """Of several choices: each tells what it alone added, so that a prompt counts once."""
+        return cls.of(
+            hit_tokens=sum(part.prompt_cache_hit_tokens for part in parts),
+            miss_tokens=sum(part.prompt_cache_miss_tokens for part in parts),
+            output_tokens=sum(part.completion_tokens for part in parts),
+            reasoning_tokens=sum(part.completion_tokens_details.reasoning_tokens for part in parts),
+            cost_nanodollars=sum(part.cost_nanodollars for part in parts),
+        )
+
 
 class Timing(Struct, frozen=True, kw_only=True):
     """Seconds. `first_token` is the gateway's: from the request's arrival to its first token; the others lie within it,
@@ -87,30 +96,6 @@ class Debug(Struct, frozen=True, kw_only=True):
     selected_pages: list[list[int]]  # [layers][pages]: tokens that the indexer selected of each
 
 
-class TopLogprob(Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
-
-
-class ChatLogprob(Struct, frozen=True):
-    token: str
-    logprob: float
-    bytes: list[int]
-    top_logprobs: list[TopLogprob]
-
-
-class ChatLogprobs(Struct, frozen=True):
-    content: list[ChatLogprob]
-
-
-class CompletionLogprobs(Struct, frozen=True):
-    tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
-    text_offset: list[int]  # characters of the reply before the token
-
-
 class ChatDelta(Struct, frozen=True, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
@@ -126,21 +111,21 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
 class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     index: int = 0
     delta: ChatDelta
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None
     finish_reason: str | None = None
 
 
 class ChatChoice(Struct, frozen=True, kw_only=True):
     index: int = 0
     message: ChatMessage
-    logprobs: ChatLogprobs | None = None
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None
     finish_reason: str
 
 
 class CompletionChoice(Struct, frozen=True, kw_only=True):
     index: int = 0
     text: str
-    logprobs: CompletionLogprobs | None = None
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -174,6 +159,14 @@ class ModelList(Struct, frozen=True, kw_only=True):
     data: list[ModelCard]
 
 
+class Whole(NamedTuple):
+    """One choice of an answer that is not streamed."""
+
+    delta: Delta  # all of it
+    finish_reason: str
+    logprobs: ChatLogprobs | CompletionLogprobs | None = None
+
+
 class Reply:
     """One answer's identity. With `include_usage` each chunk has a `usage`: null, except in the one that brings it."""
 
@@ -181,10 +174,31 @@ class Reply:
     chunk_kind: str
 
     def __init__(self, *, id: str, model: str, created: int, include_usage: bool = False) -> None:
-        self._id = id
+        self.id = id
         self._model = model
         self._created = created
         self._include_usage = include_usage
+
+    def start(self, index: int = 0) -> bytes:
+        """What comes before the first text of a choice; may be nothing."""
+        raise NotImplementedError
+
+    def delta(
+        self, delta: Delta, logprobs: ChatLogprobs | CompletionLogprobs | None = None, index: int = 0
+    ) -> bytes:
+        """An event of text."""
+        raise NotImplementedError
+
+    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET, index: int = 0) -> bytes:
+        """The last event of a choice."""
+        raise NotImplementedError
+
+    def whole(
+        self, choices: Sequence[Whole], usage: Usage, timing: Timing, debug: Debug | UnsetType = UNSET
+    ) -> bytes:
+        """The body of an answer that is not streamed."""
+        written = [self._choice(index, whole) for index, whole in enumerate(choices)]
+        return encode(self._body(self.kind, written, usage=usage, timing=timing, debug=debug))
 
     def progress(self, progress: PromptProgress) -> bytes:
         """An event while the prompt is being read, where the client asked for it."""
@@ -193,6 +207,9 @@ class Reply:
     def usage(self, usage: Usage, timing: Timing, debug: Debug | UnsetType = UNSET) -> bytes:
         """The event after the last token, where the client asked for it."""
         return sse(encode(self._body(self.chunk_kind, [], usage=usage, timing=timing, debug=debug)))
+
+    def _choice(self, index: int, whole: Whole) -> ChatChoice | CompletionChoice:
+        raise NotImplementedError
 
     def _event(
         self,
@@ -205,11 +222,6 @@ class Reply:
         body = self._body(self.chunk_kind, choices, usage=usage, prompt_progress=prompt_progress, debug=debug)
         return sse(encode(body))
 
-    def _whole(
-        self, choice: ChatChoice | CompletionChoice, usage: Usage, timing: Timing, debug: Debug | UnsetType
-    ) -> bytes:
-        return encode(self._body(self.kind, [choice], usage=usage, timing=timing, debug=debug))
-
     def _body(
         self,
         kind: str,
@@ -221,7 +233,7 @@ class Reply:
         debug: Debug | UnsetType = UNSET,
     ) -> Body:
         return Body(
-            id=self._id,
+            id=self.id,
             object=kind,
             created=self._created,
             model=self._model,
@@ -237,105 +249,46 @@ class ChatReply(Reply):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
-    def start(self) -> bytes:
-        """The first event: who speaks."""
-        return self._event([ChatChunkChoice(delta=ChatDelta(role="assistant", content=""))])
+    def start(self, index: int = 0) -> bytes:
+        """Who speaks."""
+        return self._event([ChatChunkChoice(index=index, delta=ChatDelta(role="assistant", content=""))])
 
-    def delta(self, delta: Delta, logprobs: ChatLogprobs | None = None) -> bytes:
-        """An event of text; the end of the reasoning and the beginning of the answer may share one."""
-        text = ChatDelta(content=delta.content or UNSET, reasoning_content=delta.reasoning or UNSET)
-        return self._event([ChatChunkChoice(delta=text, logprobs=logprobs)])
-
-    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET) -> bytes:
-        return self._event([ChatChunkChoice(delta=ChatDelta(), finish_reason=finish_reason)], debug=debug)
-
-    def whole(
-        self,
-        delta: Delta,
-        finish_reason: str,
-        usage: Usage,
-        timing: Timing,
-        logprobs: ChatLogprobs | None = None,
-        debug: Debug | UnsetType = UNSET,
+    def delta(
+        self, delta: Delta, logprobs: ChatLogprobs | CompletionLogprobs | None = None, index: int = 0
     ) -> bytes:
-        """The body of an answer that is not streamed."""
+        """The end of the reasoning and the beginning of the answer may share one event."""
+        text = ChatDelta(content=delta.content or UNSET, reasoning_content=delta.reasoning or UNSET)
+        return self._event([ChatChunkChoice(index=index, delta=text, logprobs=logprobs)])
+
+    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET, index: int = 0) -> bytes:
+        choice = ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=finish_reason)
+        return self._event([choice], debug=debug)
+
+    def _choice(self, index: int, whole: Whole) -> ChatChoice:
+        delta, finish_reason, logprobs = whole
         message = ChatMessage(content=delta.content, reasoning_content=delta.reasoning or UNSET)
-        choice = ChatChoice(message=message, logprobs=logprobs, finish_reason=finish_reason)
-        return self._whole(choice, usage, timing, debug)
+        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)
 
 
 class CompletionReply(Reply):
     kind = chunk_kind = "text_completion"
 
-    def delta(self, delta: Delta, logprobs: CompletionLogprobs | None = None) -> bytes:
-        return self._event([CompletionChoice(text=delta.content, logprobs=logprobs)])
+    def start(self, index: int = 0) -> bytes:
+        return b""
 
-    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET) -> bytes:
-        return self._event([CompletionChoice(text="", finish_reason=finish_reason)], debug=debug)
-
-    def whole(
-        self,
-        delta: Delta,
-        finish_reason: str,
-        usage: Usage,
-        timing: Timing,
-        logprobs: CompletionLogprobs | None = None,
-        debug: Debug | UnsetType = UNSET,
+    def delta(
+        self, delta: Delta, logprobs: ChatLogprobs | CompletionLogprobs | None = None, index: int = 0
     ) -> bytes:
-        """The body of an answer that is not streamed."""
-        choice = CompletionChoice(text=delta.content, logprobs=logprobs, finish_reason=finish_reason)
-        return self._whole(choice, usage, timing, debug)
+        return self._event([CompletionChoice(index=index, text=delta.content, logprobs=logprobs)])
 
+    def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET, index: int = 0) -> bytes:
+        return self._event([CompletionChoice(index=index, text="", finish_reason=finish_reason)], debug=debug)
 
-class ChatLogprobsWriter:
-    """Workers' log-probabilities in the shape of /v1/chat/completions."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-
-    def write(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> ChatLogprobs:
-        return ChatLogprobs([self._entry(*pair) for pair in zip(tokens, logprobs, strict=True)])
-
-    def _entry(self, token: int, logprobs: TokenLogprobs) -> ChatLogprob:
-        best = [TopLogprob(*self._named(*pair)) for pair in logprobs.top]
-        return ChatLogprob(*self._named(token, logprobs.logprob), best)
-
-    def _named(self, token: int, logprob: float) -> tuple[str, float, list[int]]:
-        spelled = self._tokenizer.token_bytes(token)
-        return _name(spelled), max(logprob, LOWEST_LOGPROB), list(spelled)
-
-
-class CompletionLogprobsWriter:
-    """Workers' log-probabilities in the shape of /v1/completions. Counts the characters of one reply."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._characters = codecs.getincrementaldecoder("utf-8")("replace")
-        self._offset = 0
-
-    def write(self, tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> CompletionLogprobs:
-        pairs = list(zip(tokens, logprobs, strict=True))
-        return CompletionLogprobs(
-            tokens=[self._name(token) for token in tokens],
-            token_logprobs=[max(entry.logprob, LOWEST_LOGPROB) for entry in logprobs],
-            top_logprobs=[self._top(token, entry) for token, entry in pairs],
-            text_offset=[self._advance(token) for token in tokens],
+    def _choice(self, index: int, whole: Whole) -> CompletionChoice:
+        delta, finish_reason, logprobs = whole
+        return CompletionChoice(
+            index=index, text=delta.content, logprobs=logprobs, finish_reason=finish_reason
         )
-
-    def _top(self, token: int, logprobs: TokenLogprobs) -> dict[str, float]:
-        """The best, and the sampled one where it is not among them."""
-        return {
-            self._name(t): max(logprob, LOWEST_LOGPROB)
-            for t, logprob in [*logprobs.top, (token, logprobs.logprob)]
-        }
-
-    def _name(self, token: int) -> str:
-        return _name(self._tokenizer.token_bytes(token))
-
-    def _advance(self, token: int) -> int:
-        before = self._offset
-        self._offset += len(self._characters.decode(self._tokenizer.text_bytes(token)))
-        return before
 
 
 def encode(body: Struct) -> bytes:
@@ -347,11 +300,3 @@ def sse(body: bytes) -> bytes:
     for character, escape in LINE_ENDS.items():
         body = body.replace(character.encode(), escape)
     return b"data: " + body + b"\n\n"
-
-
-def _name(spelled: bytes) -> str:
-    """A token's text; bytes that are no text are spelled out, as OpenAI does, so that names stay distinct."""
-    try:
-        return spelled.decode()
-    except UnicodeDecodeError:
-        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelled)

@@ -5,18 +5,19 @@ name. A null is an absent field. Whatever is wrong, the error is an InvalidReque
 """
 
 import secrets
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from cluster.bodies import convert, decode, invalid, pick
 from cluster.chat_encoding import Message
 from cluster.errors import ContextTooLong, InvalidRequest, echo
 from workers.request import SamplingParams
 
-T = TypeVar("T")
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
 TokenId = Annotated[int, msgspec.Meta(ge=0)]
+TokenIds = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 Top = Annotated[int, msgspec.Meta(ge=0, le=20)]
 Stop = Annotated[str, msgspec.Meta(min_length=1, max_length=1000)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
@@ -24,13 +25,13 @@ Bias = Annotated[float, msgspec.Meta(ge=-100, le=100)]
 
 GREEDY_BELOW = 1e-5  # a temperature so small that dividing by it may overflow; greedy, as in vLLM
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
-PARAM_CHARS, MESSAGE_CHARS = 100, 300  # an error repeats no more of what a client wrote
+MAX_CHOICES = 128  # OpenAI's limit of n; here of n times the prompts
 
 IGNORED = frozenset(
     {"user", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
 )
 # The values besides null with which a field that is not supported changes nothing.
-NEUTRAL: dict[str, tuple[Any, ...]] = {"n": (1,), "store": (False,)}
+NEUTRAL: dict[str, tuple[Any, ...]] = {"store": (False,)}
 CHAT_NEUTRAL = NEUTRAL | {
     "audio": (),
     "function_call": ("none",),
@@ -44,7 +45,7 @@ CHAT_NEUTRAL = NEUTRAL | {
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-COMPLETION_NEUTRAL = NEUTRAL | {"best_of": (1,), "echo": (False,), "suffix": ()}
+COMPLETION_NEUTRAL = NEUTRAL | {"best_of": (1,), "suffix": ()}
 MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
@@ -99,6 +100,8 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     stop: Stop | Annotated[list[Stop], msgspec.Meta(max_length=4)] = []
     stop_token_ids: Annotated[list[TokenId], msgspec.Meta(max_length=64)] = []
     ignore_eos: bool = False
+    min_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0  # vLLM's
+    n: Annotated[int, msgspec.Meta(ge=1, le=MAX_CHOICES)] = 1
     stream: bool = False
     stream_options: StreamOptions | None = None
     return_progress: bool = False  # llama.cpp's
@@ -119,6 +122,15 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         return self.debug is not None and self.debug.selected_pages
 
     @property
+    def thinks(self) -> bool:
+        """Whether the model is to reason before it answers; off unless asked for."""
+        return False
+
+    @property
+    def num_prompts(self) -> int:
+        return 1
+
+    @property
     def num_logprobs(self) -> int | None:
         """None: none wanted; n: the sampled token's and those of the n best."""
         raise NotImplementedError
@@ -131,16 +143,29 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
     def check(self, limits: Limits) -> None:
         """Raises InvalidRequest for what no single field shows."""
         if self.stream_options is not None and not self.stream:
-            raise _invalid("stream_options", "is allowed only where stream is true")
+            raise invalid("stream_options", "is allowed only where stream is true")
         if self.return_progress and not self.stream:
-            raise _invalid("return_progress", "is allowed only where stream is true")
+            raise invalid("return_progress", "is allowed only where stream is true")
+        if self.n * self.num_prompts > MAX_CHOICES:
+            raise invalid(
+                "n", f"{self.num_prompts} prompts with n {self.n} are more than {MAX_CHOICES} choices"
+            )
+        if self.n * self.num_prompts > 1:
+            for param, wanted in (
+                ("return_progress", self.return_progress),
+                ("debug.selected_pages", self.selected_pages),
+            ):
+                if wanted:
+                    raise invalid(param, "is supported only for a single choice")
+        if self.max_output is not None and self.min_tokens > self.max_output:
+            raise invalid("min_tokens", f"is more than the {self.max_output} tokens wanted for the answer")
         if self.selected_pages and self.stops:
             # A stop string is found in the gateway: the worker does not know then that its last token was the last.
-            raise _invalid("debug.selected_pages", "is not supported together with stop")
+            raise invalid("debug.selected_pages", "is not supported together with stop")
         _check_ids("stop_token_ids", self.stop_token_ids, limits)
         for key in self.logit_bias:
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab_size):
-                raise _invalid("logit_bias", f"{echo(key)} is not a token id below {limits.vocab_size}")
+                raise invalid("logit_bias", f"{echo(key)} is not a token id below {limits.vocab_size}")
 
     def sampling(self, limits: Limits, num_prompt_tokens: int) -> SamplingParams:
         """Everything a worker needs; a seed is drawn where none was given. Raises ContextTooLong."""
@@ -165,6 +190,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             logit_bias={int(key): bias for key, bias in self.logit_bias.items()},
             stop_token_ids=tuple(self.stop_token_ids),
             ignore_eos=self.ignore_eos,
+            min_tokens=self.min_tokens,
             logprobs=self.num_logprobs,
         )
 
@@ -179,7 +205,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
 
     @property
     def thinks(self) -> bool:
-        """Whether the model is to reason before it answers; off unless asked for."""
         if self.thinking is not None:
             return self.thinking.type == "enabled"
         return self.chat_template_kwargs is not None and self.chat_template_kwargs.thinking
@@ -195,20 +220,27 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     def check(self, limits: Limits) -> None:
         super().check(limits)
         if self.top_logprobs is not None and not self.logprobs:
-            raise _invalid("top_logprobs", "is allowed only where logprobs is true")
+            raise invalid("top_logprobs", "is allowed only where logprobs is true")
         arguments = self.chat_template_kwargs
         if arguments is not None and arguments.thinking != self.thinks:
-            raise _invalid("chat_template_kwargs.thinking", "contradicts thinking.type")
+            raise invalid("chat_template_kwargs.thinking", "contradicts thinking.type")
         for index, message in enumerate(self.messages):
             if message.role != "assistant" and message.content is None:
-                raise _invalid(f"messages[{index}].content", "is required")
+                raise invalid(f"messages[{index}].content", "is required")
             if message.role != "assistant" and message.reasoning_content is not None:
-                raise _invalid(f"messages[{index}].reasoning_content", "belongs to assistant messages only")
+                raise invalid(f"messages[{index}].reasoning_content", "belongs to assistant messages only")
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
-    prompt: Name | Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+    """`parse_completion` makes a list of a single prompt."""
+
+    prompt: Annotated[list[Name | TokenIds], msgspec.Meta(min_length=1)]
+    echo: bool = False
     logprobs: Top | None = None
+
+    @property
+    def num_prompts(self) -> int:
+        return len(self.prompt)
 
     @property
     def num_logprobs(self) -> int | None:
@@ -220,72 +252,47 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
     def check(self, limits: Limits) -> None:
         super().check(limits)
-        if isinstance(self.prompt, list):
-            _check_ids("prompt", self.prompt, limits)
+        if self.echo and self.logprobs is not None:
+            raise invalid("echo", "is not supported together with logprobs")
+        for index, prompt in enumerate(self.prompt):
+            if isinstance(prompt, list):
+                _check_ids(f"prompt[{index}]", prompt, limits)
 
 
 def parse_chat(body: bytes, limits: Limits) -> ChatRequest:
     """Reads the body of /v1/chat/completions. Raises InvalidRequest."""
-    fields = _pick(_decode(body), ChatRequest, CHAT_NEUTRAL, IGNORED)
-    if isinstance(messages := fields.get("messages"), list):
-        fields["messages"] = [
-            _message(message, f"messages[{index}]") for index, message in enumerate(messages)
-        ]
-    request = _convert(fields, ChatRequest)
+    fields = read_messages(pick(decode(body), ChatRequest, CHAT_NEUTRAL, IGNORED))
+    request = convert(fields, ChatRequest)
     request.check(limits)
     return request
 
 
 def parse_completion(body: bytes, limits: Limits) -> CompletionRequest:
-    """Reads the body of /v1/completions. A list of one prompt is that prompt. Raises InvalidRequest."""
-    fields = _pick(_decode(body), CompletionRequest, COMPLETION_NEUTRAL, IGNORED)
+    """Reads the body of /v1/completions. Raises InvalidRequest."""
+    fields = pick(decode(body), CompletionRequest, COMPLETION_NEUTRAL, IGNORED)
     prompt = fields.get("prompt")
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        if len(prompt) > 1:
-            raise _invalid("prompt", "a list of several prompts is not supported")
-        fields["prompt"] = prompt[0]
-    request = _convert(fields, CompletionRequest)
-    request.check(limits)
+    is_list = isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+    if prompt is not None and not is_list:
+        fields["prompt"] = [prompt]
+    try:
+        request = convert(fields, CompletionRequest)
+        request.check(limits)
+    except InvalidRequest as error:
+        if is_list or error.param is None or not error.param.startswith("prompt[0]"):
+            raise
+        # The client wrote no list of prompts, so its error names none.
+        param = error.param.replace("prompt[0]", "prompt", 1)
+        raise InvalidRequest(error.message.replace(error.param, param, 1), param=param) from None
     return request
 
 
-def _decode(body: bytes) -> dict[str, Any]:
-    try:
-        value = msgspec.json.decode(body)
-    except UnicodeDecodeError:
-        raise InvalidRequest("the body is not valid UTF-8") from None
-    except RecursionError:
-        raise InvalidRequest("the body is not valid JSON: it is nested too deeply") from None
-    except msgspec.DecodeError as error:
-        sentence = str(error).removeprefix("JSON is malformed: ")
-        raise InvalidRequest(f"the body is not valid JSON: {sentence}") from None
-    if not isinstance(value, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return value
-
-
-def _pick(
-    raw: dict[str, Any],
-    struct: type[msgspec.Struct],
-    neutral: dict[str, tuple[Any, ...]],
-    ignored: frozenset[str],
-    prefix: str = "",
-) -> dict[str, Any]:
-    """The fields of `struct` that are set. Refuses by name what would have to have an effect but cannot."""
-    fields = {}
-    for name, value in raw.items():
-        if name in struct.__struct_fields__:
-            if value is not None:
-                fields[name] = value
-        elif name in neutral:
-            if value is not None and not any(_same(value, allowed) for allowed in neutral[name]):
-                only = " or ".join(msgspec.json.encode(allowed).decode() for allowed in neutral[name])
-                raise _invalid(
-                    prefix + name, f"is not supported other than {only}" if only else "is not supported"
-                )
-        elif name not in ignored:
-            raise _invalid(prefix + name, "is not a field that is known here")
-    return fields
+def read_messages(fields: dict[str, Any]) -> dict[str, Any]:
+    """The same fields, with the messages' own fields picked. Raises InvalidRequest."""
+    messages = fields.get("messages")
+    if not isinstance(messages, list):
+        return fields
+    read = [_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    return fields | {"messages": read}
 
 
 def _message(raw: Any, where: str) -> Any:
@@ -293,34 +300,13 @@ def _message(raw: Any, where: str) -> Any:
         return raw
     role = raw.get("role")
     if role in ("developer", "tool", "function"):
-        raise _invalid(f"{where}.role", f"{role} is not supported")
+        raise invalid(f"{where}.role", f"{role} is not supported")
     if isinstance(role, str) and role not in ("system", "user", "assistant"):
-        raise _invalid(f"{where}.role", f"must be system, user or assistant, not {echo(role)}")
-    return _pick(raw, Message, MESSAGE_NEUTRAL, MESSAGE_IGNORED, f"{where}.")
-
-
-def _same(value: Any, allowed: Any) -> bool:
-    return type(value) is type(allowed) and value == allowed  # True == 1
-
-
-def _convert(fields: dict[str, Any], to: type[T]) -> T:
-    try:
-        return msgspec.convert(fields, to)
-    except msgspec.ValidationError as error:
-        sentence, _, where = str(error).partition(" - at ")
-    path = where.strip("`").removeprefix("key` in `").removeprefix("$").removeprefix(".")
-    sentence, missing, name = sentence.partition("Object missing required field ")
-    if missing:
-        path, sentence = ".".join(filter(None, [path, name.strip("`")])), "is required"
-    raise _invalid(path, sentence.replace(" | null", ""))
+        raise invalid(f"{where}.role", f"must be system, user or assistant, not {echo(role)}")
+    return pick(raw, Message, MESSAGE_NEUTRAL, MESSAGE_IGNORED, f"{where}.")
 
 
 def _check_ids(param: str, ids: list[int], limits: Limits) -> None:
     for index, token in enumerate(ids):
         if token >= limits.vocab_size:
-            raise _invalid(f"{param}[{index}]", f"token ids must be below {limits.vocab_size}")
-
-
-def _invalid(param: str, sentence: str) -> InvalidRequest:
-    param = param[:PARAM_CHARS]
-    return InvalidRequest(f"{param}: {sentence}"[:MESSAGE_CHARS], param=param)
+            raise invalid(f"{param}[{index}]", f"token ids must be below {limits.vocab_size}")

@@ -60,6 +60,10 @@ class Tokenizer:
         ids = self.encode(Piece(part, index % 2 == 1) for index, part in enumerate(parts))
         return ids if ids[:1] == [self.bos_id] else [self.bos_id, *ids]
 
+    def text(self, tokens: Sequence[int]) -> str:
+        """All of it at once; bytes that are no character come as U+FFFD."""
+        return b"".join(map(self.text_bytes, tokens)).decode(errors="replace")
+
     def token_bytes(self, token: int) -> bytes:
         """What a token stands for, special ones by name; empty for an id that the tokenizer does not use."""
         return self._bytes[token] if token < len(self._bytes) else b""
@@ -83,9 +87,10 @@ class Detokenizer:
         self._held = ""  # a beginning of a stop string
         self.stopped = False  # a stop string was found; nothing more comes out
 
-    def push(self, token: int) -> str:
-        """The text that is final now."""
-        return self._release(self._characters.decode(self._tokenizer.text_bytes(token)))
+    def push(self, token: int, *, may_stop: bool = True) -> str:
+        """The text that is final now. may_stop False: it is no part of a stop string."""
+        text = self._characters.decode(self._tokenizer.text_bytes(token))
+        return self._release(text) if may_stop else text
 
     def finish(self) -> str:
         """What was held back; bytes that never became a character come as U+FFFD."""

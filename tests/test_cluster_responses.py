@@ -9,12 +9,11 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from stub_server import StubServer
 
 from cluster.chat_encoding import Piece
+from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.output import Delta
 from cluster.responses import (
     DONE,
-    ChatLogprobsWriter,
     ChatReply,
-    CompletionLogprobsWriter,
     CompletionReply,
     Debug,
     ModelCard,
@@ -22,6 +21,7 @@ from cluster.responses import (
     PromptProgress,
     Timing,
     Usage,
+    Whole,
     encode,
     sse,
 )
@@ -71,8 +71,16 @@ def test_usage() -> None:
     }
 
 
+def test_the_usage_of_several_choices_counts_each_token_once() -> None:
+    more = Usage.of(hit_tokens=0, miss_tokens=0, output_tokens=5, reasoning_tokens=1, cost_nanodollars=70)
+    assert Usage.total([USAGE]) == USAGE
+    assert Usage.total([USAGE, more]) == Usage.of(
+        hit_tokens=128, miss_tokens=72, output_tokens=15, reasoning_tokens=5, cost_nanodollars=1_234_567_960
+    )
+
+
 def test_a_whole_chat_completion() -> None:
-    body = _chat().whole(Delta("why", "because"), "stop", USAGE, TIMING)
+    body = _chat().whole([Whole(Delta("why", "because"), "stop")], USAGE, TIMING)
     assert json.loads(body) == {
         "id": "chatcmpl-1",
         "object": "chat.completion",
@@ -90,7 +98,7 @@ def test_a_whole_chat_completion() -> None:
         "timing": {"queue": 0.1, "prefill": 0.2, "ship": 0.3, "first_token": 0.4},
     }
     ChatCompletion.model_validate_json(body, strict=True)
-    plain = json.loads(_chat().whole(Delta("", "x"), "length", USAGE, TIMING))
+    plain = json.loads(_chat().whole([Whole(Delta("", "x"), "length")], USAGE, TIMING))
     assert "reasoning_content" not in plain["choices"][0]["message"]
 
 
@@ -125,8 +133,10 @@ def test_a_streamed_chat_completion() -> None:
 
 
 def test_completions() -> None:
-    body = _completion().whole(Delta("", "text"), "length", USAGE, TIMING)
+    body = _completion().whole([Whole(Delta("", "text"), "length")], USAGE, TIMING)
     assert Completion.model_validate_json(body, strict=True).choices[0].text == "text"
+    both = json.loads(_completion().whole([Whole(Delta("", t), "stop") for t in "ab"], USAGE, TIMING))
+    assert [(choice["index"], choice["text"]) for choice in both["choices"]] == [(0, "a"), (1, "b")]
     reply = _completion(include_usage=True)
     events = [
         _event(reply.delta(Delta("", "a"))),
@@ -192,10 +202,10 @@ def test_the_openai_sdk_reads_a_stream_with_progress_and_debug() -> None:
 def test_debug_stands_beside_the_usage_or_in_the_last_event() -> None:
     debug = Debug(selected_pages=[[3, 0], [1, 2]])
     for reply in (_chat(), _completion()):
-        whole = json.loads(reply.whole(Delta("", "x"), "stop", USAGE, TIMING, None, debug))
+        whole = json.loads(reply.whole([Whole(Delta("", "x"), "stop")], USAGE, TIMING, debug))
         last, usage = _event(reply.end("stop", debug)), _event(reply.usage(USAGE, TIMING, debug))
         assert [body["debug"] for body in (whole, last, usage)] == [{"selected_pages": [[3, 0], [1, 2]]}] * 3
-        plain = json.loads(reply.whole(Delta("", "x"), "stop", USAGE, TIMING))
+        plain = json.loads(reply.whole([Whole(Delta("", "x"), "stop")], USAGE, TIMING))
         for body in (plain, _event(reply.end("stop")), _event(reply.delta(Delta("", "x")))):
             assert not {"debug", "prompt_progress"} & set(body)
 
@@ -206,7 +216,7 @@ def test_chat_logprobs(tokenizer: Tokenizer) -> None:
     found = ChatLogprobsWriter(tokenizer).write(
         [a, euro], [TokenLogprobs(-0.5, [(a, -0.5), (euro, -1.5)]), TokenLogprobs(float("-inf"), [])]
     )
-    reply = json.loads(_chat().whole(Delta("", "a"), "stop", USAGE, TIMING, found))
+    reply = json.loads(_chat().whole([Whole(Delta("", "a"), "stop", found)], USAGE, TIMING))
     ChatCompletion.model_validate(reply)
     spelled = {"token": r"bytes:\xe2", "bytes": [0xE2]}
     assert reply["choices"][0]["logprobs"]["content"] == [
@@ -228,7 +238,7 @@ def test_completion_logprobs_count_the_characters_before_each_token(tokenizer: T
     assert [offset for half in halves for offset in half.text_offset] == [0, 1, 2, 2, 2, 3, 4, 4]
     assert halves[0].tokens == ["a", "b", r"bytes:\xe2"]
     assert halves[0].top_logprobs[:2] == [{"a": -1.0}, {"a": -0.25, "b": -1.0}]
-    body = _completion().whole(Delta("", "ab€c"), "stop", USAGE, TIMING, halves[0])
+    body = _completion().whole([Whole(Delta("", "ab€c"), "stop", halves[0])], USAGE, TIMING)
     Completion.model_validate_json(body, strict=True)
 
 

@@ -50,14 +50,14 @@ def test_absent_fields_get_the_model_s_defaults() -> None:
 def test_every_field_reaches_the_worker() -> None:
     shared = {
         "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "presence_penalty": 1, "frequency_penalty": -2,
-        "repetition_penalty": 1.5, "seed": -5, "stop_token_ids": [7, 511], "ignore_eos": True,
+        "repetition_penalty": 1.5, "seed": -5, "stop_token_ids": [7, 511], "ignore_eos": True, "min_tokens": 2,
         "logit_bias": {"3": -100, "511": 1.5}, "stop": ["a", "bc"], "stream": True, "max_tokens": 5,
         "stream_options": {"include_usage": True},
     }  # fmt: skip
     expected = SamplingParams(
         max_tokens=5, seed=-5, temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, presence_penalty=1.0,
         frequency_penalty=-2.0, repetition_penalty=1.5, logit_bias={3: -100.0, 511: 1.5}, stop_token_ids=(7, 511),
-        ignore_eos=True, logprobs=3,
+        ignore_eos=True, min_tokens=2, logprobs=3,
     )  # fmt: skip
     for request in (_chat(logprobs=True, top_logprobs=3, **shared), _completion(logprobs=3, **shared)):
         assert request.sampling(LIMITS, num_prompt_tokens=10) == expected
@@ -116,9 +116,10 @@ def test_what_is_written_in_more_than_one_way() -> None:
     assert _chat(top_k=-1).sampling(LIMITS, num_prompt_tokens=1).top_k == 0
     assert _chat(temperature=1e-9).sampling(LIMITS, num_prompt_tokens=1).temperature == 0
     for prompt in ("hi", ["hi"]):
-        assert _completion(prompt=prompt).prompt == "hi"
+        assert _completion(prompt=prompt).prompt == ["hi"]
     for ids in ([1, 511], [[1, 511]]):
-        assert _completion(prompt=ids).prompt == [1, 511]
+        assert _completion(prompt=ids).prompt == [[1, 511]]
+    assert _completion(prompt=["a", [1, 2]]).prompt == ["a", [1, 2]]
 
 
 def test_prompt_and_answer_must_fit_into_the_context() -> None:
@@ -147,8 +148,12 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "max_tokens", ">= 1"),
     ({"seed": 2**63}, "seed", str(2**63 - 1)),
     ({"seed": "1"}, "seed", "Expected `int`"),
-    ({"n": 2}, "n", "not supported other than 1"),
-    ({"n": True}, "n", "not supported"),
+    ({"n": 0}, "n", ">= 1"),
+    ({"n": 129}, "n", "<= 128"),
+    ({"n": True}, "n", "Expected `int`"),
+    ({"n": 2, "stream": True, "return_progress": True}, "return_progress", "single choice"),
+    ({"n": 2, "debug": {"selected_pages": True}}, "debug.selected_pages", "single choice"),
+    ({"min_tokens": 6, "max_tokens": 5}, "min_tokens", "more than the 5 tokens"),
     ({"store": True}, "store", "not supported other than false"),
     ({"stop": ""}, "stop", "length >= 1"),
     ({"stop": ["a", ""]}, "stop[1]", "length >= 1"),
@@ -217,9 +222,11 @@ WRONG_COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": None}, "prompt", "required"),
     ({"prompt": ""}, "prompt", "length >= 1"),
     ({"prompt": []}, "prompt", "length >= 1"),
-    ({"prompt": [[]]}, "prompt", "length >= 1"),
-    ({"prompt": ["a", "b"]}, "prompt", "several prompts"),
-    ({"prompt": [[1], [2]]}, "prompt", "several prompts"),
+    ({"prompt": [[]]}, "prompt[0]", "length >= 1"),
+    ({"prompt": ["a", ""]}, "prompt[1]", "length >= 1"),
+    ({"prompt": ["a", 1]}, "prompt[1]", "Expected `str | array`"),
+    ({"prompt": [[1], [2, 512]]}, "prompt[1][1]", "below 512"),
+    ({"prompt": ["a"] * 65, "n": 2}, "n", "65 prompts"),
     ({"prompt": [1, 512]}, "prompt[1]", "below 512"),
     ({"prompt": [1, -1]}, "prompt[1]", ">= 0"),
     ({"prompt": [1, "a"]}, "prompt[1]", "Expected `int`"),
@@ -228,7 +235,7 @@ WRONG_COMPLETION: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": 21}, "logprobs", "<= 20"),
     ({"logprobs": True}, "logprobs", "Expected `int`"),
     ({"best_of": 2}, "best_of", "not supported"),
-    ({"echo": True}, "echo", "not supported"),
+    ({"echo": True, "logprobs": 0}, "echo", "together with logprobs"),
     ({"suffix": "x"}, "suffix", "not supported"),
     ({"max_completion_tokens": 5}, "max_completion_tokens", "not a field"),
 ]

@@ -85,6 +85,21 @@ def test_greedy_takes_the_lowest_id_on_ties() -> None:
     assert sample(logits, [penalised, penalised])[0] == [0, 7]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_ends_an_answer_before_its_least_length(temperature: float) -> None:
+    logits = torch.zeros(1, 10)
+    logits[0, [3, 4, 5]] = torch.tensor([30.0, 20.0, 10.0])  # 3 ends any answer, 4 this one
+
+    def choose(output: list[int], **params: Any) -> int:
+        request = make_request([1], output, temperature=temperature, stop_token_ids=(4,), **params)
+        return sample(logits, [request], [3])[0][0]
+
+    assert choose([7], min_tokens=2) == 5
+    assert choose([7], min_tokens=2, ignore_eos=True) == 3
+    assert choose([7], min_tokens=2, logit_bias={4: 100.0}) == 5
+    assert choose([7, 7], min_tokens=2) == 3
+
+
 def test_no_rows() -> None:
     assert sample(torch.zeros(0, 50), []) == ([], [])
 

@@ -72,6 +72,7 @@ class Engine:
         self.config = config
         self.pools = PagePools([PagePool(num_pages) for _ in range(num_pools)])
         self._runner = runner
+        self._eos_token_ids = eos_token_ids
         self._scheduler = Scheduler(self.pools, config, eos_token_ids=eos_token_ids, max_context=max_context)
 
     def check_fits(self, request: Request) -> None:
@@ -119,7 +120,7 @@ class Engine:
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
         if plan.scheduled:
-            tokens, logprobs = sample(self._runner.run(plan), requests)
+            tokens, logprobs = sample(self._runner.run(plan), requests, self._eos_token_ids)
         self._scheduler.update(plan, tokens)
         results = [
             Result(request, token, logprob, request.finish_reason)

@@ -22,6 +22,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    min_tokens: int = 0  # before so many nothing ends the answer: neither EOS nor stop_token_ids
     logprobs: int | None = None  # None: none; n: the sampled token's and the n best
 
 

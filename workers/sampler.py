@@ -9,24 +9,26 @@ On a GPU the host waits once, for the tokens, and once more if log-probabilities
 import hashlib
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 
 from workers.device import to_device
-from workers.request import Request, SamplingParams, TokenLogprobs
+from workers.request import Request, TokenLogprobs
 
 
-def sample(logits: torch.Tensor, requests: Sequence[Request]) -> tuple[list[int], list[TokenLogprobs | None]]:
+def sample(
+    logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Collection[int] = ()
+) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each request, and its log-probabilities where the request asks for them.
 
-    logits: fp32 [S, V], row s for requests[s]; left unchanged.
+    logits: fp32 [S, V], row s for requests[s]; left unchanged. eos_token_ids: what ends an answer by itself.
     """
     chosen = logits.argmax(dim=-1)  # the lowest id on ties
-    drawn = [row for row, request in enumerate(requests) if not _takes_argmax(request.sampling)]
+    drawn = [row for row, request in enumerate(requests) if not _takes_argmax(request)]
     if drawn:
         rows = to_device(torch.tensor(drawn), logits.device)
-        chosen[rows] = _draw(logits[rows].double(), [requests[row] for row in drawn])
+        chosen[rows] = _draw(logits[rows].double(), [requests[row] for row in drawn], eos_token_ids)
     tokens = chosen.tolist()
     return tokens, _logprobs(logits, tokens, [request.sampling.logprobs for request in requests])
 
@@ -57,16 +59,23 @@ def _logprobs(
     return result
 
 
-def _takes_argmax(sampling: SamplingParams) -> bool:
+def _takes_argmax(request: Request) -> bool:
+    sampling = request.sampling
     return sampling.temperature == 0 and not (
-        sampling.logit_bias
+        _goes_on(request)
+        or sampling.logit_bias
         or sampling.presence_penalty
         or sampling.frequency_penalty
         or sampling.repetition_penalty != 1
     )
 
 
-def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
+def _goes_on(request: Request) -> bool:
+    """Whether this token must not end the answer."""
+    return request.num_output_tokens < request.sampling.min_tokens
+
+
+def _draw(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Collection[int]) -> torch.Tensor:
     """Inverse CDF over the tokens in order of falling probability, the lowest id first on ties.
 
     logits: fp64 [N, V], overwritten. Returns int64 [N]. Masked tokens always form the tail of a row, so one cumulative
@@ -74,6 +83,9 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request]) -> torch.Tensor:
     """
     for row, request in zip(logits, requests, strict=True):
         _adjust(row, request)
+        if _goes_on(request):
+            ends = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else eos_token_ids)}
+            row[_ids(ends, row)] = -torch.inf
     settings = torch.tensor(
         [_settings(request, logits.shape[1]) for request in requests], dtype=torch.float64
     )

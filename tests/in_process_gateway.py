@@ -1,0 +1,111 @@
+"""The whole HTTP side of a gateway over workers in this process: real sockets, text and ledger. Only Ray is missing."""
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from in_process_cluster import Cluster
+
+from cluster.api import Api, ClusterState
+from cluster.billing import Books
+from cluster.config import ClusterConfig
+from cluster.controller import PrefixCacheController
+from cluster.fleet import Fleet
+from cluster.flight import Pilot
+from cluster.metrics import Metrics
+from cluster.prices import PriceBook
+from cluster.schemas import Limits
+from cluster.tokenizer import Tokenizer
+from workers.config import EngineConfig
+from workers.model_config import ModelConfig
+
+ENGINE = EngineConfig(max_batched_tokens=192, cache_bytes=48 * 2**20, max_context=3000, threads=1)
+
+
+@dataclass
+class Gateway:
+    url: str
+    ledger: str
+    cluster: Cluster
+
+
+class _Handle:
+    """A controller of this process, called as one calls Ray's actors."""
+
+    def __init__(self, controller: PrefixCacheController) -> None:
+        self._controller = controller
+
+    def __getattr__(self, name: str) -> Any:
+        return _Method(getattr(self._controller, name))
+
+
+@dataclass
+class _Method:
+    remote: Callable[..., Any]
+
+
+@contextlib.contextmanager
+def running_gateway(model: Path, folder: Path, config: ClusterConfig | None = None) -> Iterator[Gateway]:
+    """One worker of each role and a gateway, until the block ends. `folder` gets the ledger."""
+    cluster = Cluster(model, ENGINE, each=1)
+    ledger = f"sqlite:///{folder}/ledger.db"
+    ready, stop = threading.Event(), threading.Event()
+    urls: list[str] = []
+    thread = threading.Thread(
+        target=lambda: cluster.run(
+            lambda pilot, fleet: _serve(
+                model, ledger, config or ClusterConfig(), pilot, fleet, urls, ready, stop
+            )
+        )
+    )
+    thread.start()
+    try:
+        assert ready.wait(30)
+        yield Gateway(urls[0], ledger, cluster)
+    finally:
+        stop.set()
+        thread.join(30)
+        cluster.stop()
+
+
+async def _serve(
+    model: Path,
+    ledger: str,
+    config: ClusterConfig,
+    pilot: Pilot,
+    fleet: Fleet,
+    urls: list[str],
+    ready: threading.Event,
+    stop: threading.Event,
+) -> None:
+    controller = PrefixCacheController(ledger, "secret")
+    books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
+    settling = asyncio.create_task(books.settle_forever())
+    api = Api(
+        config,
+        limits=Limits(max_context=ENGINE.max_context, vocab_size=ModelConfig.load(model).vocab_size),
+        tokenizer=Tokenizer(model),
+        pilot=pilot,
+        books=books,
+        metrics=Metrics(),
+        state=lambda: ClusterState(
+            ready=True, pairs={}, workers=[connection.info for connection in fleet.connections.values()]
+        ),
+    )
+    server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning"))
+    serving = asyncio.create_task(server.serve())
+    while not server.started:
+        await asyncio.sleep(0.01)
+    port = server.servers[0].sockets[0].getsockname()[1]
+    urls.append(f"http://127.0.0.1:{port}")
+    ready.set()
+    await asyncio.to_thread(stop.wait)
+    server.should_exit = True
+    await serving
+    settling.cancel()
+    await controller.close()
