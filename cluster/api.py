@@ -18,7 +18,6 @@ from cluster.billing import Books
 from cluster.chat_encoding import render
 from cluster.completion import Completion
 from cluster.config import ClusterConfig
-from cluster.controller import WorkerInfo
 from cluster.errors import (
     ApiError,
     MethodNotAllowed,
@@ -28,9 +27,11 @@ from cluster.errors import (
     UnknownPath,
     UnsupportedMedia,
 )
+from cluster.fleet import ClusterState
 from cluster.flight import Flight, Pilot
 from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
+from cluster.openapi import document
 from cluster.output import Output
 from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
@@ -40,14 +41,6 @@ from cluster.tokenizer import Tokenizer
 from workers.page_hash import page_hashes
 
 log = logging.getLogger(__name__)
-
-
-class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer to /ready. `pairs`: "prefill -> decode" and whether a real token has gone through the pair."""
-
-    ready: bool
-    pairs: dict[str, bool]
-    workers: list[WorkerInfo]
 
 
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -84,6 +77,7 @@ class Api:
             Route("/v1/models", self.models),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/openapi.json", self.openapi),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
@@ -135,6 +129,9 @@ class Api:
         wanted = parse_detokenize(await self._body(request), self._limits.vocab_size)
         self._check_model(wanted.model)
         return _json(encode(Detokenized(prompt=self._tokenizer.text(wanted.tokens))))
+
+    async def openapi(self, request: Request) -> Response:
+        return JSONResponse(document(self._config.served_model_name, self._limits))
 
     async def health(self, request: Request) -> Response:
         """Alive: this process answers."""

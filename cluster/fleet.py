@@ -29,6 +29,14 @@ class WorkerLost(msgspec.Struct, frozen=True):
     worker: str
 
 
+class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer to /ready. `pairs`: "prefill -> decode" and whether a real token has gone through the pair."""
+
+    ready: bool
+    pairs: dict[str, bool]
+    workers: list[WorkerInfo]
+
+
 class Connection:
     """One worker. `assigned_tokens` are prompt tokens that this gateway has sent it and that it has not dealt with yet."""
 

@@ -13,12 +13,12 @@ from typing import Any
 import ray
 from starlette.types import ASGIApp
 
-from cluster.api import Api, ClusterState
+from cluster.api import Api
 from cluster.billing import Books
 from cluster.config import ClusterConfig
 from cluster.controller import ACTOR_NAME, NAMESPACE, WatchUpdate
 from cluster.errors import ApiError
-from cluster.fleet import Fleet, Pair
+from cluster.fleet import ClusterState, Fleet, Pair
 from cluster.flight import Flight, Pilot
 from cluster.metrics import Metrics
 from cluster.prefix_directory import PrefixDirectory

@@ -111,21 +111,21 @@ class ChatMessage(Struct, frozen=True, kw_only=True):
 class ChatChunkChoice(Struct, frozen=True, kw_only=True):
     index: int = 0
     delta: ChatDelta
-    logprobs: ChatLogprobs | CompletionLogprobs | None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str | None = None
 
 
 class ChatChoice(Struct, frozen=True, kw_only=True):
     index: int = 0
     message: ChatMessage
-    logprobs: ChatLogprobs | CompletionLogprobs | None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: str
 
 
 class CompletionChoice(Struct, frozen=True, kw_only=True):
     index: int = 0
     text: str
-    logprobs: ChatLogprobs | CompletionLogprobs | None = None
+    logprobs: CompletionLogprobs | None = None
     finish_reason: str | None = None
 
 
@@ -258,7 +258,7 @@ class ChatReply(Reply):
     ) -> bytes:
         """The end of the reasoning and the beginning of the answer may share one event."""
         text = ChatDelta(content=delta.content or UNSET, reasoning_content=delta.reasoning or UNSET)
-        return self._event([ChatChunkChoice(index=index, delta=text, logprobs=logprobs)])
+        return self._event([ChatChunkChoice(index=index, delta=text, logprobs=logprobs)])  # type: ignore[arg-type]
 
     def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET, index: int = 0) -> bytes:
         choice = ChatChunkChoice(index=index, delta=ChatDelta(), finish_reason=finish_reason)
@@ -267,7 +267,7 @@ class ChatReply(Reply):
     def _choice(self, index: int, whole: Whole) -> ChatChoice:
         delta, finish_reason, logprobs = whole
         message = ChatMessage(content=delta.content, reasoning_content=delta.reasoning or UNSET)
-        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)
+        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)  # type: ignore[arg-type]
 
 
 class CompletionReply(Reply):
@@ -279,7 +279,7 @@ class CompletionReply(Reply):
     def delta(
         self, delta: Delta, logprobs: ChatLogprobs | CompletionLogprobs | None = None, index: int = 0
     ) -> bytes:
-        return self._event([CompletionChoice(index=index, text=delta.content, logprobs=logprobs)])
+        return self._event([CompletionChoice(index=index, text=delta.content, logprobs=logprobs)])  # type: ignore[arg-type]
 
     def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET, index: int = 0) -> bytes:
         return self._event([CompletionChoice(index=index, text="", finish_reason=finish_reason)], debug=debug)
@@ -287,7 +287,10 @@ class CompletionReply(Reply):
     def _choice(self, index: int, whole: Whole) -> CompletionChoice:
         delta, finish_reason, logprobs = whole
         return CompletionChoice(
-            index=index, text=delta.content, logprobs=logprobs, finish_reason=finish_reason
+            index=index,
+            text=delta.content,
+            logprobs=logprobs,  # type: ignore[arg-type]
+            finish_reason=finish_reason,
         )
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import uvicorn
 from in_process_cluster import Cluster
+from starlette.routing import Route
 
-from cluster.api import Api, ClusterState
+from cluster.api import Api
 from cluster.billing import Books
 from cluster.config import ClusterConfig
 from cluster.controller import PrefixCacheController
-from cluster.fleet import Fleet
+from cluster.fleet import ClusterState, Fleet
 from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prices import PriceBook
@@ -32,6 +33,7 @@ class Gateway:
     url: str
     ledger: str
     cluster: Cluster
+    paths: list[str]  # that it routes
 
 
 class _Handle:
@@ -50,23 +52,35 @@ class _Method:
 
 
 @contextlib.contextmanager
-def running_gateway(model: Path, folder: Path, config: ClusterConfig | None = None) -> Iterator[Gateway]:
+def running_gateway(
+    model: Path, folder: Path, config: ClusterConfig | None = None, engine: EngineConfig = ENGINE
+) -> Iterator[Gateway]:
     """One worker of each role and a gateway, until the block ends. `folder` gets the ledger."""
-    cluster = Cluster(model, ENGINE, each=1)
+    cluster = Cluster(model, engine, each=1)
     ledger = f"sqlite:///{folder}/ledger.db"
     ready, stop = threading.Event(), threading.Event()
     urls: list[str] = []
+    paths: list[str] = []
     thread = threading.Thread(
         target=lambda: cluster.run(
             lambda pilot, fleet: _serve(
-                model, ledger, config or ClusterConfig(), pilot, fleet, urls, ready, stop
+                model,
+                ledger,
+                config or ClusterConfig(),
+                engine.max_context or 0,
+                pilot,
+                fleet,
+                urls,
+                paths,
+                ready,
+                stop,
             )
         )
     )
     thread.start()
     try:
         assert ready.wait(30)
-        yield Gateway(urls[0], ledger, cluster)
+        yield Gateway(urls[0], ledger, cluster, paths)
     finally:
         stop.set()
         thread.join(30)
@@ -77,9 +91,11 @@ async def _serve(
     model: Path,
     ledger: str,
     config: ClusterConfig,
+    max_context: int,
     pilot: Pilot,
     fleet: Fleet,
     urls: list[str],
+    paths: list[str],
     ready: threading.Event,
     stop: threading.Event,
 ) -> None:
@@ -88,7 +104,7 @@ async def _serve(
     settling = asyncio.create_task(books.settle_forever())
     api = Api(
         config,
-        limits=Limits(max_context=ENGINE.max_context, vocab_size=ModelConfig.load(model).vocab_size),
+        limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
         tokenizer=Tokenizer(model),
         pilot=pilot,
         books=books,
@@ -97,7 +113,9 @@ async def _serve(
             ready=True, pairs={}, workers=[connection.info for connection in fleet.connections.values()]
         ),
     )
-    server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning"))
+    app = api.app()
+    paths.extend(route.path for route in app.routes if isinstance(route, Route))
+    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
