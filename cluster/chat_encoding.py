@@ -20,7 +20,9 @@ USER = "<｜User｜>"
 ASSISTANT = "<｜Assistant｜>"
 THINK = "<think>"
 THINK_END = "</think>"
-DSML = "｜DSML｜"  # in tags like <｜DSML｜invoke>; a token of its own in some tokenizers, plain text in others
+DSML = (
+    "｜DSML｜"  # in tags like <｜DSML｜invoke>; a token of its own in some tokenizers, plain text in others
+)
 CALLS_BEGIN = "<｜tool▁calls▁begin｜>"
 CALLS_END = "<｜tool▁calls▁end｜>"
 CALL_BEGIN = "<｜tool▁call▁begin｜>"
@@ -33,6 +35,7 @@ TURNS = (BOS, EOS, USER, ASSISTANT, THINK, THINK_END)
 CALLS = (CALLS_BEGIN, CALLS_END, CALL_BEGIN, CALL_END, CALL_SEPARATOR, OUTPUT_BEGIN, OUTPUT_END)
 _SPECIAL = re.compile("(" + "|".join(map(re.escape, (*TURNS, *CALLS, DSML))) + ")")
 
+ChatFormat = Literal["v3.2", "v3.2-exp"]
 Role = Literal["system", "developer", "user", "assistant", "tool"]
 
 
@@ -145,7 +148,9 @@ def in_order(messages: Sequence[Message], *, system_anywhere: bool) -> list[Mess
     if len(answers) < len(calls):
         raise misplaced(last, f"the call {echo(_first_open(calls, answers))} must be answered first")
     if before == "system" or before == "assistant" and not messages[-1].prefix:
-        raise misplaced(last, "the last message must be a user's or a tool's, or an assistant's with prefix true")
+        raise misplaced(
+            last, "the last message must be a user's or a tool's, or an assistant's with prefix true"
+        )
     return ordered
 
 

@@ -96,7 +96,10 @@ def render(
             if thinking and index < last_user:
                 rule = "where the model thinks, a developer's message must be the last before the reply"
                 raise misplaced(f"messages[{index}].role", rule)
-            asked = [*(blocks if index == place else []), plain(f"\n\n# The user's message is: {message.text}")]
+            asked = [
+                *(blocks if index == place else []),
+                plain(f"\n\n# The user's message is: {message.text}"),
+            ]
             pieces += _user(asked, thinks)
         elif message.role == "user":
             pieces += _user([plain(message.text)], thinks)

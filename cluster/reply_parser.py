@@ -17,7 +17,7 @@ _FIRST_MARK = 0xD800
 class CallDelta(NamedTuple):
     """What is new of one call; `id` and `name` come once, with the first."""
 
-    index: int
+    number: int  # among the answer's calls, from 0
     id: str = ""
     name: str = ""
     arguments: str = ""
@@ -45,10 +45,12 @@ def joined(calls: Iterable[CallDelta]) -> tuple[CallDelta, ...]:
     """Each call in one piece."""
     whole: dict[int, CallDelta] = {}
     for call in calls:
-        old = whole.get(call.index)
+        old = whole.get(call.number)
         if old is not None:
-            call = CallDelta(call.index, old.id + call.id, old.name + call.name, old.arguments + call.arguments)
-        whole[call.index] = call
+            call = CallDelta(
+                call.number, old.id + call.id, old.name + call.name, old.arguments + call.arguments
+            )
+        whole[call.number] = call
     return tuple(whole.values())
 
 
@@ -71,6 +73,10 @@ class Sink:
         self._blank: list[str] | None = None  # held back white space; None: nothing is to be held back
         self._num_calls = 0
 
+    def named(self, text: str) -> str:
+        """With the special tokens' names instead of their marks."""
+        return text.translate(self._names)
+
     def content(self, text: str) -> None:
         """Text of the model's that is no markup, or none that can be understood."""
         if self._blank is not None:
@@ -79,7 +85,7 @@ class Sink:
                 return
             self._content += self._blank
             self._blank = None
-        self._content.append(text.translate(self._names))
+        self._content.append(self.named(text))
 
     def after_markup(self) -> None:
         """White space up to here belonged to the markup, and so may what follows."""
@@ -92,7 +98,7 @@ class Sink:
     def arguments(self, text: str) -> None:
         """Of the last call."""
         if text:
-            self._calls.append(CallDelta(self._num_calls - 1, arguments=text.translate(self._names)))
+            self._calls.append(CallDelta(self._num_calls - 1, arguments=self.named(text)))
 
     def take(self) -> Parsed:
         """What has come since the last time."""

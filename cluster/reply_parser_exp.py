@@ -20,9 +20,10 @@ class ExpParser:
         self._split = re.compile("([" + "".join(self._names) + "])")
         self._sink = Sink(self._marks, new_id)
         self._name: list[str] | None = None  # of the call that is being opened
+        self._in_block = False
         self._is_open = False  # arguments are being read
         self._has_arguments = False
-        
+
     @property
     def marks(self) -> Mapping[str, str]:
         return self._marks
@@ -51,23 +52,32 @@ class ExpParser:
             self._sink.content(text)
 
     def _take_mark(self, mark: str) -> None:
-        name = self._names[mark]
-        if name == CALL_SEPARATOR and self._name is not None and "".join(self._name).strip():
+        token = self._names[mark]
+        if token == CALL_SEPARATOR and self._name is not None and "".join(self._name).strip():
             self._sink.call("".join(self._name).strip())
             self._name, self._is_open, self._has_arguments = None, True, False
             return
         self._give_up_name()
-        if name == CALL_SEPARATOR:
+        if not self._fits(token):
             self._take_text(mark)
             return
-        was_open = self._is_open
         self._close_call()
-        if name == CALL_END and not was_open:
-            self._sink.content(mark)
-            return
         self._sink.after_markup()
-        if name == CALL_BEGIN:
+        self._in_block = token != CALLS_END
+        if token == CALL_BEGIN:
             self._name = []
+
+    def _fits(self, token: str) -> bool:
+        """Whether it can stand here."""
+        if token == CALLS_BEGIN:
+            return not self._in_block
+        return (
+            token == CALL_BEGIN
+            or token == CALL_END
+            and self._is_open
+            or token == CALLS_END
+            and self._in_block
+        )
 
     def _give_up_name(self) -> None:
         """It was none: no separator followed."""

@@ -56,7 +56,7 @@ class V32Parser:
 
     def finish(self, *, cut: bool) -> Parsed:
         text, self._text = self._text, ""
-        if cut and self._mark in text:
+        if cut and self._mark[0] in text:
             text = ""  # half a tag
         if self._read == self._read_string:
             self._sink.arguments(_escape(text))
@@ -146,7 +146,7 @@ class V32Parser:
         text, ended = self._take_value()
         self._value.append(text)
         if ended:
-            value = "".join(self._value)
+            value = self._sink.named("".join(self._value))
             self._value = []
             self._sink.arguments(value if _is_json(value) else f'"{_escape(value)}"')
         return ended
@@ -195,6 +195,6 @@ def _escape(text: str) -> str:
 def _is_json(text: str) -> bool:
     try:
         msgspec.json.decode(text)
-    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError):
+    except (msgspec.DecodeError, RecursionError):
         return False
     return True

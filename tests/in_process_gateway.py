@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import PrefixCacheController
 from cluster.fleet import ClusterState, Fleet
@@ -102,10 +103,12 @@ async def _serve(
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
+    tokenizer = Tokenizer(model)
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
-        tokenizer=Tokenizer(model),
+        tokenizer=tokenizer,
+        codec=ChatCodec.load(model, tokenizer, config.chat_encoding),
         pilot=pilot,
         books=books,
         metrics=Metrics(),
