@@ -81,7 +81,9 @@ class Compiler:
         if not eos_token_ids:
             raise ValueError("a grammar needs an end-of-sequence token")
         self._tokenizer = llguidance.LLTokenizer(
-            _Tokens(vocabulary, min(eos_token_ids)), n_vocab=vocab_size, eos_token=sorted(eos_token_ids)
+            llguidance.TokenizerWrapper(_Tokens(vocabulary, min(eos_token_ids))),
+            n_vocab=vocab_size,
+            eos_token=sorted(eos_token_ids),
         )
         self.num_words = -(-vocab_size // 32)
         bits = np.ones(32 * self.num_words, np.uint8)
@@ -164,7 +166,6 @@ def _matcher(request: Request) -> Matcher:
 class _Tokens:
     """A vocabulary as the library wants it. Markers are no text: a grammar allows them only by id."""
 
-    is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, vocabulary: Vocabulary, eos_token_id: int) -> None:
