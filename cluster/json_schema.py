@@ -18,17 +18,16 @@ MAX_SENTENCE_CHARS = 300
 
 Path = tuple[str, ...]
 
-ANNOTATIONS = frozenset(
-    """title description default example examples deprecated readOnly writeOnly $comment $schema $id $anchor
-    contentEncoding contentMediaType discriminator""".split()
-)
+_ANNOTATIONS = """title description default example examples deprecated readOnly writeOnly $comment $schema $id $anchor
+contentEncoding contentMediaType discriminator"""
 DEFINITIONS = ("$defs", "definitions")
 _BY_NAME = ("properties", "patternProperties", *DEFINITIONS)
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _SINGLE = ("items", "additionalProperties")
 _VALUES = """$ref const enum type required minItems maxItems minProperties maxProperties minLength maxLength pattern format
-minimum maximum exclusiveMinimum exclusiveMaximum multipleOf""".split()
-KEYWORDS = ANNOTATIONS.union(_BY_NAME, _LISTS, _SINGLE, _VALUES)
+minimum maximum exclusiveMinimum exclusiveMaximum multipleOf"""
+ANNOTATIONS = frozenset(_ANNOTATIONS.split())
+KEYWORDS = ANNOTATIONS.union(_BY_NAME, _LISTS, _SINGLE, _VALUES.split())
 
 
 def check_schema(schema: Any, param: str) -> None:
