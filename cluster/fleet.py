@@ -7,12 +7,13 @@ at once. Knows nothing of HTTP, prompts or money.
 import asyncio
 import contextlib
 import logging
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
 
 from cluster.controller import WorkerInfo
-from workers.messages import Abort, Frame, Hello, Load, ToWorker, Update
+from workers.messages import Abort, Frame, Hello, Load, Tokens, ToWorker, Update
 from workers.server import pack, read_body
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ Pair = tuple[tuple[str, int], tuple[str, int]]  # (prefill worker, epoch), (deco
 
 
 class WorkerLost(msgspec.Struct, frozen=True):
-    """Put into an attempt's queue when a worker it uses has gone."""
+    """Put into an attempt's mailbox when a worker it uses has gone."""
 
     worker: str
 
@@ -70,6 +71,48 @@ class Connection:
             self._writer = None
 
 
+class Mailbox:
+    """The updates of one attempt, in order. Tokens that wait are joined, so that a gateway that is behind sends fewer,
+    larger events instead of falling further behind."""
+
+    def __init__(self) -> None:
+        self._updates: deque[Update | WorkerLost] = deque()
+        self._arrived = asyncio.Event()
+
+    def __len__(self) -> int:
+        return len(self._updates)
+
+    def put(self, update: Update | WorkerLost) -> None:
+        if self._updates and (joined := _join(self._updates[-1], update)) is not None:
+            self._updates[-1] = joined
+        else:
+            self._updates.append(update)
+        self._arrived.set()
+
+    async def get(self) -> Update | WorkerLost:
+        """Waits for one. For a single reader."""
+        while not self._updates:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._updates.popleft()
+
+
+def _join(before: Update | WorkerLost, after: Update | WorkerLost) -> Tokens | None:
+    """Both as one; None where the second does not go on where the first ends."""
+    if not (isinstance(before, Tokens) and isinstance(after, Tokens)):
+        return None
+    if after.start != before.start + len(before.tokens):
+        return None
+    both = before.logprobs is not None and after.logprobs is not None
+    return msgspec.structs.replace(
+        before,
+        tokens=before.tokens + after.tokens,
+        logprobs=[*before.logprobs, *after.logprobs] if both else None,  # type: ignore[misc]
+        finish=after.finish,
+        selected_pages=after.selected_pages,
+    )
+
+
 class Fleet:
     """Keeps one connection to each member and hands each update to the attempt it belongs to."""
 
@@ -81,7 +124,7 @@ class Fleet:
         self.on_gone: Callable[[str], None] = lambda worker: None
         self._hello = Hello(gateway=gateway, secret=secret)
         self._timeout_s = timeout_s
-        self._attempts: dict[str, tuple[asyncio.Queue[Update | WorkerLost], frozenset[str]]] = {}
+        self._attempts: dict[str, tuple[Mailbox, frozenset[str]]] = {}
 
     def alive(self, role: str) -> list[Connection]:
         """Workers of a role that answer, in a fixed order."""
@@ -114,14 +157,14 @@ class Fleet:
                 connection = self.connections[worker] = Connection(info)
                 connection.task = asyncio.create_task(self._keep(connection))
 
-    def begin(self, attempt: str, workers: frozenset[str]) -> asyncio.Queue[Update | WorkerLost]:
-        """Opens the queue into which the updates of an attempt go, whichever worker they come from."""
-        queue: asyncio.Queue[Update | WorkerLost] = asyncio.Queue()
-        self._attempts[attempt] = queue, workers
-        return queue
+    def begin(self, attempt: str, workers: frozenset[str]) -> Mailbox:
+        """Opens the mailbox into which the updates of an attempt go, whichever worker they come from."""
+        mailbox = Mailbox()
+        self._attempts[attempt] = mailbox, workers
+        return mailbox
 
     def end(self, attempt: str, *, abort: bool) -> None:
-        """Closes the attempt's queue; with `abort` its workers are told to stop."""
+        """Closes the attempt's mailbox; with `abort` its workers are told to stop."""
         _, workers = self._attempts.pop(attempt)
         if abort:
             for worker in workers:
@@ -170,16 +213,16 @@ class Fleet:
         for update in frame.updates:
             attempt = self._attempts.get(update.request_id)
             if attempt is not None:
-                attempt[0].put_nowait(update)
+                attempt[0].put(update)
 
     async def _gone(self, connection: Connection) -> None:
         was_alive = connection.alive
         await connection.close()
         if was_alive:
             worker = connection.info.worker
-            for queue, workers in self._attempts.values():
+            for mailbox, workers in self._attempts.values():
                 if worker in workers:
-                    queue.put_nowait(WorkerLost(worker))
+                    mailbox.put(WorkerLost(worker))
             self.proven = {pair for pair in self.proven if connection.key not in pair}
             self.on_gone(worker)
             self.changed.set()

@@ -155,7 +155,7 @@ class Pilot:
         prefill = self._fleet.connections[route.prefill]
         decode = self._fleet.connections[route.decode]
         attempt = f"{flight.id}#{next(self._numbers)}"
-        queue = self._fleet.begin(attempt, frozenset({route.prefill, route.decode}))
+        mailbox = self._fleet.begin(attempt, frozenset({route.prefill, route.decode}))
         work = {
             "request_id": attempt,
             "tokens": flight.prompt + flight.emitted,
@@ -170,7 +170,7 @@ class Pilot:
         held: dict[int, Tokens] = {}  # updates that came before the one they follow
         try:
             while flight.finish is None:
-                match update := await queue.get():
+                match update := await mailbox.get():
                     case Ticketed(ticket=ticket):
                         self._found(flight, ticket.num_resident_tokens)
                         claims[1].release()

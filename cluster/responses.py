@@ -300,6 +300,7 @@ def encode(body: Struct) -> bytes:
 
 def sse(body: bytes) -> bytes:
     """One server-sent event of a JSON body."""
-    for character, escape in LINE_ENDS.items():
-        body = body.replace(character.encode(), escape)
+    if not body.isascii():
+        for character, escape in LINE_ENDS.items():
+            body = body.replace(character.encode(), escape)
     return b"data: " + body + b"\n\n"
