@@ -35,10 +35,12 @@ from cluster.openapi import document
 from cluster.output import Output
 from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
+from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
 from workers.page_hash import page_hashes
+from workers.request import Grammar
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class Api:
         *,
         limits: Limits,
         tokenizer: Tokenizer,
+        structured: StructuredOutput,
         pilot: Pilot,
         books: Books,
         metrics: Metrics,
@@ -63,6 +66,7 @@ class Api:
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
+        self._structured = structured
         self._tenants = Tenants(config.tenants)
         self._pilot = pilot
         self._books = books
@@ -90,7 +94,10 @@ class Api:
         wanted = parse_chat(await self._body(request), self._limits)
         prompt = self._tokenizer.encode(render(wanted.messages, thinking=wanted.thinks))
         reply = ChatReply(**self._identity("chatcmpl", wanted))
-        choices = self._choices(reply.id, tenant, wanted, [prompt])
+        grammar = await self._structured.grammar(
+            thinking=wanted.thinks, response_format=wanted.response_format
+        )
+        choices = self._choices(reply.id, tenant, wanted, [prompt], grammar)
         return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
 
     async def complete(self, request: Request) -> Response:
@@ -186,13 +193,18 @@ class Api:
         }
 
     def _choices(
-        self, id: str, tenant: Tenant, wanted: GenerationRequest, prompts: list[list[int]]
+        self,
+        id: str,
+        tenant: Tenant,
+        wanted: GenerationRequest,
+        prompts: list[list[int]],
+        grammar: Grammar | None = None,
     ) -> list[Choice]:
         """All choices of the first prompt, then those of the second. Raises ContextTooLong."""
         single = len(prompts) * wanted.n == 1
         choices: list[Choice] = []
         for prompt in prompts:
-            sampling = wanted.sampling(self._limits, len(prompt))
+            sampling = wanted.sampling(self._limits, len(prompt), grammar)
             hashes = page_hashes(tenant.namespace, prompt)
             leader = None
             for number in range(wanted.n):

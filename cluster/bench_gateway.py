@@ -36,6 +36,7 @@ from cluster.prices import PriceBook
 from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.serve import DEMO_MODEL
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from workers.messages import HEARTBEAT_S, Frame, Landed, Load, Prefill, Reserve, Ticket, Ticketed, ToWorker
 from workers.messages import Tokens as TokensUpdate
@@ -159,12 +160,14 @@ async def _serve(pipe: Connection, folder: Path, ports: dict[str, int]) -> None:
         await asyncio.sleep(0.01)
     fleet.proven = fleet.linked_pairs()
     model = ModelConfig.load(folder)
+    tokenizer = Tokenizer(folder)
     books = Books(_NoLedger(), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
     api = Api(
         config,
         limits=Limits(max_context=model.max_position_embeddings, vocab_size=model.vocab_size),
-        tokenizer=Tokenizer(folder),
+        tokenizer=tokenizer,
+        structured=StructuredOutput.load(folder, tokenizer, "v3.2"),
         pilot=Pilot(fleet, Costs(bytes_per_token=1), PrefixDirectory()),
         books=books,
         metrics=Metrics(),

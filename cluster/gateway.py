@@ -25,6 +25,7 @@ from cluster.prefix_directory import PrefixDirectory
 from cluster.prices import PriceBook
 from cluster.router import Costs
 from cluster.schemas import Limits
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
@@ -48,6 +49,7 @@ class Gateway:
         self._controller = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         model = ModelConfig.load(Path(config.model))
         self._tokenizer = Tokenizer(Path(config.model))
+        self._structured = StructuredOutput.load(Path(config.model), self._tokenizer, "v3.2")
         self._metrics = Metrics()
         self._directory = PrefixDirectory()
         self._books = Books(self._controller, PriceBook.load(), config.price_entry)
@@ -78,6 +80,7 @@ class Gateway:
             self._config,
             limits=self._limits,
             tokenizer=self._tokenizer,
+            structured=self._structured,
             pilot=self._pilot,
             books=self._books,
             metrics=self._metrics,

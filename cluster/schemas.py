@@ -12,7 +12,8 @@ import msgspec
 from cluster.bodies import convert, decode, invalid, pick
 from cluster.chat_encoding import Message
 from cluster.errors import ContextTooLong, InvalidRequest, echo
-from workers.request import SamplingParams
+from cluster.tools import ResponseFormat
+from workers.request import Grammar, SamplingParams
 
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -39,7 +40,6 @@ CHAT_NEUTRAL = NEUTRAL | {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
     "tool_choice": ("none",),
     "tools": ([],),
     "verbosity": ("medium",),
@@ -167,7 +167,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab_size):
                 raise invalid("logit_bias", f"{echo(key)} is not a token id below {limits.vocab_size}")
 
-    def sampling(self, limits: Limits, num_prompt_tokens: int) -> SamplingParams:
+    def sampling(
+        self, limits: Limits, num_prompt_tokens: int, grammar: Grammar | None = None
+    ) -> SamplingParams:
         """Everything a worker needs; a seed is drawn where none was given. Raises ContextTooLong."""
         room = limits.max_context - num_prompt_tokens
         max_tokens = room if self.max_output is None else self.max_output
@@ -192,12 +194,14 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
             logprobs=self.num_logprobs,
+            grammar=grammar,
         )
 
 
 class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     messages: Annotated[list[Message], msgspec.Meta(min_length=1)]
     max_completion_tokens: Count | None = None  # OpenAI's newer name; it wins over max_tokens
+    response_format: ResponseFormat | None = None
     logprobs: bool = False
     top_logprobs: Top | None = None
     thinking: Thinking | None = None  # DeepSeek's switch

@@ -21,6 +21,7 @@ from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prices import PriceBook
 from cluster.schemas import Limits
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
@@ -102,10 +103,12 @@ async def _serve(
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
+    tokenizer = Tokenizer(model)
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
-        tokenizer=Tokenizer(model),
+        tokenizer=tokenizer,
+        structured=StructuredOutput.load(model, tokenizer, "v3.2"),
         pilot=pilot,
         books=books,
         metrics=Metrics(),

@@ -31,6 +31,7 @@ LIMITS = llguidance.LLParserLimits(
 )
 # Otherwise a stretch of text that leaves no choice would have to be one certain token.
 OPTIONS = '%llguidance {"no_forcing": true}\n'
+_DEAD_END = "no token can follow"
 
 
 class GrammarError(ValueError):
@@ -70,7 +71,9 @@ class Matcher:
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise GrammarError(_first_line(self._matcher.get_error()))
+            raise GrammarError(_sentence(self._matcher.get_error()))
+        if self._matcher.is_stopped() and not self._matcher.is_accepting():
+            raise GrammarError(_DEAD_END)
 
 
 class Compiler:
@@ -109,7 +112,7 @@ class Compiler:
                 return self._compiled[text]
         compiled = llguidance.LLMatcher(self._tokenizer, OPTIONS + text, log_level=0, limits=LIMITS)
         if compiled.is_error():
-            raise GrammarError(_first_line(compiled.get_error()))
+            raise GrammarError(_sentence(compiled.get_error()))
         with self._lock:
             self._compiled[text] = compiled
             if len(self._compiled) > MAX_CACHED:
@@ -182,6 +185,11 @@ def load_compiler(folder: Path, *, vocab_size: int, eos_token_ids: Collection[in
     return Compiler(Vocabulary.load(folder), vocab_size=vocab_size, eos_token_ids=eos_token_ids)
 
 
-def _first_line(message: str) -> str:
-    """Further lines repeat the grammar."""
-    return message.partition("\n")[0]
+def _sentence(message: str) -> str:
+    """What the library says, without the grammar that it repeats and its place in there."""
+    first, *others = message.split("\n")
+    first = first.rpartition(": failed to compile JSON schema: ")[2]
+    if first.startswith("NoExtension"):
+        return _DEAD_END
+    errors = [line for line in others if line.startswith("error: ")]  # of a regular expression
+    return " ".join([first, *errors[:1]])
