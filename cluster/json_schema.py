@@ -4,7 +4,9 @@ A keyword that would be ignored in silence is refused by name. What the grammar 
 range without numbers, it says itself.
 """
 
+import math
 from collections.abc import Iterator
+from decimal import Decimal
 from typing import Any, NoReturn
 
 import msgspec
@@ -14,6 +16,8 @@ from cluster.errors import InvalidRequest, echo
 MAX_BYTES = 64 * 2**10
 MAX_DEPTH = 64  # objects and arrays within each other, as the schema is written
 MAX_REFERENCES = 256  # different ones
+MAX_NAME_PATTERNS = 64  # each is compared with each
+MAX_MULTIPLE = 1000  # what all multipleOf divide, without zeros at its end: an automaton has so many states
 MAX_SENTENCE_CHARS = 300
 
 Path = tuple[str, ...]
@@ -32,13 +36,18 @@ KEYWORDS = ANNOTATIONS.union(_BY_NAME, _LISTS, _SINGLE, _VALUES.split())
 
 def check_schema(schema: Any, param: str) -> None:
     """Raises InvalidRequest naming `param` and the place in the schema."""
+    if _depth(schema) > MAX_DEPTH:
+        _refuse(param, f"the schema is nested more than {MAX_DEPTH} levels deep")
     size = len(msgspec.json.encode(schema))
     if size > MAX_BYTES:
         _refuse(param, f"the schema has {size} bytes; the limit is {MAX_BYTES}")
-    if _depth(schema) > MAX_DEPTH:
-        _refuse(param, f"the schema is nested more than {MAX_DEPTH} levels deep")
-    for place, part in _walk(schema, (), param):
+    parts = list(_walk(schema, (), param))
+    for place, part in parts:
         _check_part(part, place, param)
+    if sum(len(part.get("patternProperties", ())) for _, part in parts) > MAX_NAME_PATTERNS:
+        _refuse(param, f"the schema has more than {MAX_NAME_PATTERNS} patternProperties")
+    if math.lcm(*(_digits(part["multipleOf"]) for _, part in parts if "multipleOf" in part)) > MAX_MULTIPLE:
+        _refuse(param, f"the multipleOf of the schema have more than {MAX_MULTIPLE} as their common multiple")
     if len(references(schema)) > MAX_REFERENCES:
         _refuse(param, f"the schema has more than {MAX_REFERENCES} different references")
     if not _ends(schema):
@@ -121,6 +130,9 @@ def _check_part(part: dict[str, Any], place: Path, param: str) -> None:
     reference = part.get("$ref")
     if reference is not None and not (isinstance(reference, str) and reference.startswith("#")):
         refuse(param, (*place, "$ref"), "only references within the schema are supported")
+    multiple = part.get("multipleOf", 1)
+    if isinstance(multiple, bool) or not isinstance(multiple, int | float) or multiple <= 0:
+        refuse(param, (*place, "multipleOf"), "must be a number above 0")
     required = part.get("required", [])
     if not isinstance(required, list) or not all(isinstance(name, str) for name in required):
         refuse(param, (*place, "required"), "must be an array of strings")
@@ -128,6 +140,11 @@ def _check_part(part: dict[str, Any], place: Path, param: str) -> None:
     fewest = part.get("minProperties", 0)
     if isinstance(fewest, int) and fewest > len(set(required)) + 1:
         refuse(param, (*place, "minProperties"), "is supported up to one more than the required properties")
+
+
+def _digits(number: float) -> int:
+    """Without its point and the zeros at its end: 2.50 and 250 are 25."""
+    return int("".join(map(str, Decimal(str(number)).normalize().as_tuple().digits)))
 
 
 def _ends(root: Any) -> bool:

@@ -16,6 +16,7 @@ from cluster.lark import Lark, literal
 
 _TOP_LEVEL = {"type", "properties", "required", "additionalProperties", *DEFINITIONS, *ANNOTATIONS}
 _LENGTHS = {"minLength", "maxLength"}
+_LISTED = {"enum", "const"}
 _ANY_NAME = r'/"[^"\n]{1,64}"/'
 _PARAMETER_END = "</｜DSML｜parameter>\n"
 _CALL_END = "</｜DSML｜"
@@ -107,7 +108,7 @@ class Parameters:
             rest = [name for name in types if name != "string"]
             texts, others = self._split(schema | {"type": "string"}, root, place, param)
             return texts, [*others, schema | {"type": rest}]
-        if keys <= {"type", "enum", "const"} and types in (None, "string", ["string"]):
+        if keys & _LISTED and keys <= _LISTED | {"type"} and types in (None, "string", ["string"]):
             return self._listed(schema, types, place, param)
         if types in ("string", ["string"]) and keys <= {"type"} | _LENGTHS:
             return [self._text(schema.get("minLength", 0), schema.get("maxLength"), place, param)], []

@@ -84,8 +84,7 @@ class Compiler:
         if not eos_token_ids:
             raise ValueError("a grammar needs an end-of-sequence token")
         self._tokenizer = llguidance.LLTokenizer(
-            llguidance.TokenizerWrapper(_Tokens(vocabulary, min(eos_token_ids))),
-            n_vocab=vocab_size,
+            llguidance.TokenizerWrapper(_Tokens(vocabulary, vocab_size, min(eos_token_ids))),
             eos_token=sorted(eos_token_ids),
         )
         self.num_words = -(-vocab_size // 32)
@@ -167,13 +166,16 @@ def _matcher(request: Request) -> Matcher:
 
 
 class _Tokens:
-    """A vocabulary as the library wants it. Markers are no text: a grammar allows them only by id."""
+    """A vocabulary as the library wants it. Markers are no text: a grammar allows them only by id.
+
+    A model has logits for more tokens than its tokenizer knows; those are never allowed.
+    """
 
     bos_token_id = None
 
-    def __init__(self, vocabulary: Vocabulary, eos_token_id: int) -> None:
+    def __init__(self, vocabulary: Vocabulary, vocab_size: int, eos_token_id: int) -> None:
         self.eos_token_id = eos_token_id
-        self.tokens = vocabulary.spellings
+        self.tokens = vocabulary.spellings + [b""] * (vocab_size - len(vocabulary.spellings))
         self.special_token_ids = sorted(vocabulary.added.values())
 
     def __call__(self, text: str) -> list[int]:
