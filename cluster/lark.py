@@ -9,8 +9,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# What may stand between the parts of JSON. A model that is unsure would write space for ever.
-_WHITESPACE = r"[ \t]{1,64}|\r?\n[ \t]{0,64}"
+# What may stand between the parts of JSON: a space, or a new line and its indent. A model that is unsure would write space for
+# ever.
+_WHITESPACE = r" |\n[ \t]{0,32}"
 # Without \u: half a surrogate pair is no text. Python's json module would take it, other readers would not.
 _JSON_OPTIONS = {"whitespace_pattern": _WHITESPACE, "json_allowed_escapes": 'nrbtf\\"'}
 

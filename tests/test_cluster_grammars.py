@@ -260,14 +260,16 @@ def test_a_reply_in_a_format_may_be_calls_instead(chat_format: ChatFormat) -> No
     [
         ('{"a": {"b": [1, 2.5e3, "x\\n\\"", null]}}', True),
         ('{\n  "a": 1\n}', True),
-        ('{\r\n\t"a": 1}', True),
+        ('{\n\t"a":\n1\n }', True),
         ("{}", True),
         ("[]", False),
         ('{"a": 1}\n', False),
         ('{"a": 1,}', False),
         ('{"a": "\\u0041"}', False),
         ('{"a": "\x01"}', False),
-        ('{"a":' + 65 * " " + "1}", False),
+        ('{"a":  1}', False),
+        ('{"a":\n\n1}', False),
+        ('{"a":\n' + 33 * " " + "1}", False),
     ],
 )
 def test_a_json_object(answer: str, allowed: bool) -> None:
