@@ -187,7 +187,7 @@ def test_reasoning_before_an_answer_in_a_format_is_free(sdk: openai.OpenAI, ters
         seed=1,
         temperature=1.0,
         response_format=FORMAT,
-        logit_bias=terse | {str(think_end): 12},
+        logit_bias=terse | {str(think_end): 8},
         extra_body={"thinking": {"type": "enabled"}},
     )
     message = chat.choices[0].message
