@@ -9,6 +9,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cluster.json_schema import with_exact_dates
+
 # What may stand between the parts of JSON: a space, or a new line and its indent. A model that is unsure would write space for
 # ever.
 _WHITESPACE = r" |\n[ \t]{0,32}"
@@ -44,9 +46,9 @@ class Lark:
         return self.rule(" | ".join(alternatives))
 
     def json(self, schema: Any) -> str:
-        """A JSON value that the schema allows."""
-        constrained = schema if isinstance(schema, dict) else {"allOf": [schema]}
-        return self.rule(f"%json {json.dumps(constrained | {'x-guidance': _JSON_OPTIONS})}")
+        """A JSON value that the schema allows. The schema was checked."""
+        exact = with_exact_dates(schema if isinstance(schema, dict) else {"allOf": [schema]})
+        return self.rule(f"%json {json.dumps(exact | {'x-guidance': _JSON_OPTIONS})}")
 
     def text(self, text: str) -> str:
         """Exactly this text; markers in it are what the tokenizer makes of them."""

@@ -1,13 +1,18 @@
 """Grammars are compiled before a worker sees them, and what is wrong is refused by the name of its field."""
 
 import asyncio
+import contextlib
 from typing import Any
 
 import pytest
 from grammar_walks import CHECKPOINT, THINK_END, compiler, tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from cluster import structured
 from cluster.errors import InvalidRequest
+from cluster.grammars import ChatFormat
+from cluster.json_schema import KEYWORDS
 from cluster.structured import StructuredOutput
 from cluster.tools import JsonObjectFormat, JsonSchema, JsonSchemaFormat, Tool
 from workers.request import Grammar
@@ -95,3 +100,49 @@ def test_many_tools_may_be_too_much_together(
     with pytest.raises(InvalidRequest, match="the limit is 2000") as caught:
         ask(output, tools=[strict(f"f{i}", {"properties": {f"p{i}": {}}}) for i in range(20)])
     assert caught.value.param == "tools"
+
+
+ANYTHING = st.recursive(
+    st.one_of(
+        st.none(),
+        st.booleans(),
+        st.sampled_from(
+            [0, -1, 3, 2**40, 10**25, 0.5, 1e300, "", "a", "#", "#/$defs/a", "string", "object", "date", "("]
+        ),
+    ),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.one_of(st.sampled_from(sorted(KEYWORDS)), st.sampled_from(["a", "not", 'q"'])),
+            inner,
+            max_size=4,
+        ),
+    ),
+    max_leaves=8,
+)
+SHAPED = st.fixed_dictionaries(
+    {},
+    optional={
+        "type": st.one_of(st.sampled_from(["object", "string", "array", ["string", "null"]]), ANYTHING),
+        "properties": st.one_of(st.dictionaries(st.sampled_from("abc"), ANYTHING, max_size=2), ANYTHING),
+        "required": st.one_of(st.lists(st.sampled_from("abc"), max_size=2), ANYTHING),
+        "$defs": st.one_of(st.fixed_dictionaries({"a": ANYTHING}), ANYTHING),
+        "items": ANYTHING,
+        "enum": ANYTHING,
+        "format": ANYTHING,
+        "multipleOf": ANYTHING,
+        "pattern": ANYTHING,
+        "maxLength": ANYTHING,
+        "anyOf": st.one_of(st.lists(ANYTHING, max_size=2), ANYTHING),
+    },
+)
+
+
+@settings(max_examples=400)
+@given(schema=SHAPED, chat_format=st.sampled_from(["v3.2", "v3.2-exp"]))
+def test_whatever_the_schema_it_is_taken_or_refused(schema: dict[str, Any], chat_format: ChatFormat) -> None:
+    wanted = StructuredOutput(compiler(), tokenizer(), chat_format)
+    with contextlib.suppress(InvalidRequest):
+        wanted._checked([], None, True, schema_format(schema))
+    with contextlib.suppress(InvalidRequest):
+        wanted._checked([strict("a", schema)], "required", True, None)

@@ -10,7 +10,7 @@ import torch
 
 from workers.grammar import Masks
 from workers.request import Grammar, Request, SamplingParams
-from workers.sampler import sample, uniform
+from workers.sampler import _allowed, sample, uniform
 
 
 def make_request(prompt: list[int], output: list[int], **sampling: Any) -> Request:
@@ -235,3 +235,20 @@ def test_logprobs_know_nothing_of_the_grammar() -> None:
     assert free == expected.top[0][0]
     assert same.logprob == logits[1].double().log_softmax(-1)[33].item()
     assert same.top[0][0] == int(logits[1].argmax())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_masks_as_a_cpu_does_and_waits_for_nothing() -> None:
+    logits = torch.randn(8, 129_280)
+    allowed = [set(random.sample(range(129_280), 50)) for _ in range(5)]
+    masks = masks_of([1, 2, 4, 6, 7], allowed, 129_280)
+    expected = _allowed(logits, masks)
+    logits = logits.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = _allowed(logits, masks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), expected)
