@@ -164,8 +164,8 @@ def test_a_step_that_is_too_complex_is_an_error(monkeypatch: pytest.MonkeyPatch)
         write()
 
 
-def test_compiled_grammars_are_kept_up_to_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grammar, "MAX_CACHED", 2)
+def test_compiled_grammars_are_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grammar, "MAX_CACHED_CHARS", 2 * len('start: "a"'))
     own = Compiler(vocabulary(), vocab_size=VOCAB_SIZE, eos_token_ids=(EOS,))
     for text in ("a", "b", "a", "c"):
         own.check(f'start: "{text}"')

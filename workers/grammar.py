@@ -18,7 +18,7 @@ import torch
 from workers.request import Grammar, Request
 from workers.vocabulary import Vocabulary
 
-MAX_CACHED = 256  # compiled grammars kept; they take some kB each, large ones a few MB
+MAX_CACHED_CHARS = 2**20  # of the grammars whose compiled form is kept, which takes up to about 150 bytes a character
 # What one grammar may take. A step of 50,000 items or 200,000 units of the lexer is about 15 ms.
 LIMITS = llguidance.LLParserLimits(
     max_items_in_row=10_000,
@@ -114,7 +114,7 @@ class Compiler:
             raise GrammarError(_sentence(compiled.get_error()))
         with self._lock:
             self._compiled[text] = compiled
-            if len(self._compiled) > MAX_CACHED:
+            while sum(map(len, self._compiled)) > MAX_CACHED_CHARS and len(self._compiled) > 1:
                 self._compiled.popitem(last=False)
         return compiled
 
