@@ -51,37 +51,30 @@ def draft(
     if choice == "none":
         tools = ()
     must_call = isinstance(choice, NamedTool) or choice == "required"
-    if (
-        not must_call
-        and schema is None
-        and (parallel or not tools)
-        and not any(tool.strict for tool in tools)
-    ):
+    strict = [(_param(index), tool) for index, tool in enumerate(tools) if tool.strict]
+    if not (must_call or schema is not None or strict or (tools and not parallel)):
         return None
-    writer = _Writer(chat_format, markers)
-    parts = [(f"tools[{i}].function.parameters", tool) for i, tool in enumerate(tools) if tool.strict]
-    for param, tool in parts:
+    for param, tool in strict:
         check_schema(tool.parameters, param)
-    alternatives: list[str] = []
-    if must_call:
-        schema = None
-    elif schema is None:
-        alternatives.append(writer.content)
-    else:
+    if schema is not None:
         check_schema(schema, _FORMAT_PARAM)
-        alternatives.append(writer.lark.json(schema))
+    writer = _Writer(chat_format, markers)
+    alternatives = []
+    if not must_call:
+        alternatives.append(writer.content if schema is None else writer.lark.json(schema))
     if tools:
         named = choice.function.name if isinstance(choice, NamedTool) else None
-        callable_tools = [(i, tool) for i, tool in enumerate(tools) if named in (None, tool.name)]
-        several = parallel and named is None
         alternatives.append(
-            writer.calls(callable_tools, several=several, after_content=not must_call and schema is None)
+            writer.calls(
+                [(_param(index), tool) for index, tool in enumerate(tools) if named in (None, tool.name)],
+                several=parallel and named is None,
+                after_content=not must_call and schema is None,
+            )
         )
-    text = writer.lark.start(" | ".join(alternatives))
-    schemas = [(param, tool_grammar(chat_format, markers, tool, param)) for param, tool in parts]
+    parts = [(param, tool_grammar(chat_format, markers, tool, param)) for param, tool in strict]
     if schema is not None:
-        schemas.append((_FORMAT_PARAM, json_grammar(schema)))
-    return Draft(text, schemas)
+        parts.append((_FORMAT_PARAM, json_grammar(schema)))
+    return Draft(writer.lark.start(" | ".join(alternatives)), parts)
 
 
 def json_grammar(schema: Any) -> str:
@@ -94,6 +87,10 @@ def tool_grammar(chat_format: ChatFormat, markers: Mapping[str, int], tool: Tool
     """A call of this tool alone. param: the field of its schema."""
     writer = _Writer(chat_format, markers)
     return writer.lark.start(writer.call(tool, param))
+
+
+def _param(index: int) -> str:
+    return f"tools[{index}].function.parameters"
 
 
 def _schema(response_format: ResponseFormat | None) -> Any:
@@ -111,9 +108,9 @@ class _Writer:
         self._marker = _MARKER[chat_format]
         self.content = self.lark.without("(?s:.*)", self._marker)
 
-    def calls(self, tools: Sequence[tuple[int, Tool]], *, several: bool, after_content: bool) -> str:
-        """tools: with their places in the request. One call of one of them, or several of any."""
-        call = self.lark.choice([self.call(tool, f"tools[{i}].function.parameters") for i, tool in tools])
+    def calls(self, tools: Sequence[tuple[str, Tool]], *, several: bool, after_content: bool) -> str:
+        """tools: each after the field of its schema. One call of one of them, or several of any."""
+        call = self.lark.choice([self.call(tool, param) for param, tool in tools])
         opening, between, closing = self._brackets()
         before = self.lark.until(self.content, opening) if after_content else self.lark.text(opening)
         more = f"({self.lark.text(between)} {call})*" if several else ""

@@ -18,7 +18,8 @@ import torch
 from workers.request import Grammar, Request
 from workers.vocabulary import Vocabulary
 
-MAX_CACHED_CHARS = 2**20  # of the grammars whose compiled form is kept, which takes up to about 150 bytes a character
+# Of the grammars whose compiled form is kept. It takes up to about 150 bytes a character.
+MAX_CACHED_CHARS = 2**20
 # What one grammar may take. A step of 50,000 items or 200,000 units of the lexer is about 15 ms.
 LIMITS = llguidance.LLParserLimits(
     max_items_in_row=10_000,
