@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from cluster.answer import Answer, Choice
 from cluster.billing import Books
-from cluster.chat_encoding import render
+from cluster.chat_codec import ChatCodec
 from cluster.completion import Completion
 from cluster.config import ClusterConfig
 from cluster.errors import (
@@ -57,6 +57,7 @@ class Api:
         *,
         limits: Limits,
         tokenizer: Tokenizer,
+        codec: ChatCodec,
         structured: StructuredOutput,
         pilot: Pilot,
         books: Books,
@@ -66,6 +67,7 @@ class Api:
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
+        self._codec = codec
         self._structured = structured
         self._tenants = Tenants(config.tenants)
         self._pilot = pilot
@@ -92,12 +94,30 @@ class Api:
     async def chat(self, request: Request) -> Response:
         tenant = self._admit(request)
         wanted = parse_chat(await self._body(request), self._limits)
-        prompt = self._tokenizer.encode(render(wanted.messages, thinking=wanted.thinks))
+        tools = wanted.offered_tools
+        prompt = self._codec.encode(
+            wanted.messages,
+            thinking=wanted.thinks,
+            tools=tools,
+            response_format=wanted.response_format,
+        )
         reply = ChatReply(**self._identity("chatcmpl", wanted))
         grammar = await self._structured.grammar(
-            thinking=wanted.thinks, response_format=wanted.response_format
+            thinking=prompt.thinking,
+            tools=tools,
+            choice=wanted.tool_choice,
+            parallel=wanted.parallel_tool_calls,
+            response_format=wanted.response_format,
         )
-        choices = self._choices(reply.id, tenant, wanted, [prompt], grammar)
+        choices = self._choices(
+            reply.id,
+            tenant,
+            wanted,
+            [prompt.tokens],
+            thinking=prompt.thinking,
+            may_call=bool(tools),
+            grammar=grammar,
+        )
         return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
 
     async def complete(self, request: Request) -> Response:
@@ -129,7 +149,7 @@ class Api:
         self._tenants.of(request.headers.get("authorization"))
         wanted = parse_tokenize(await self._body(request))
         self._check_model(wanted.model)
-        return _json(encode(tokenize(wanted, self._tokenizer, self._limits.max_context)))
+        return _json(encode(tokenize(wanted, self._tokenizer, self._codec, self._limits.max_context)))
 
     async def detokenize(self, request: Request) -> Response:
         self._tenants.of(request.headers.get("authorization"))
@@ -198,9 +218,15 @@ class Api:
         tenant: Tenant,
         wanted: GenerationRequest,
         prompts: list[list[int]],
+        *,
+        thinking: bool = False,
+        may_call: bool = False,
         grammar: Grammar | None = None,
     ) -> list[Choice]:
-        """All choices of the first prompt, then those of the second. Raises ContextTooLong."""
+        """All choices of the first prompt, then those of the second. Raises ContextTooLong.
+
+        thinking: the replies begin with reasoning. may_call: they may hold tool calls
+        """
         single = len(prompts) * wanted.n == 1
         choices: list[Choice] = []
         for prompt in prompts:
@@ -217,24 +243,26 @@ class Api:
                     wants_progress=wanted.return_progress,
                     wants_selected_pages=wanted.selected_pages,
                 )
-                choices.append(self._choice(flight, tenant, wanted, leader))
+                output = Output(
+                    self._tokenizer,
+                    thinking=thinking,
+                    stop=wanted.stops,
+                    stop_token_ids=wanted.stop_token_ids,
+                    min_tokens=wanted.min_tokens,
+                    parser=self._codec.parser() if may_call else None,
+                )
+                choices.append(self._choice(flight, output, tenant, wanted, leader))
                 leader = leader or choices[-1]
         return choices
 
     def _choice(
         self,
         flight: Flight,
+        output: Output,
         tenant: Tenant,
         wanted: GenerationRequest,
         leader: Choice | None,
     ) -> Choice:
-        output = Output(
-            self._tokenizer,
-            thinking=wanted.thinks,
-            stop=wanted.stops,
-            stop_token_ids=wanted.stop_token_ids,
-            min_tokens=wanted.min_tokens,
-        )
         completion = Completion(
             flight,
             output,

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import WorkerInfo
 from cluster.fleet import ClusterState, Fleet
@@ -160,14 +161,16 @@ async def _serve(pipe: Connection, folder: Path, ports: dict[str, int]) -> None:
         await asyncio.sleep(0.01)
     fleet.proven = fleet.linked_pairs()
     model = ModelConfig.load(folder)
-    tokenizer = Tokenizer(folder)
     books = Books(_NoLedger(), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
+    tokenizer = Tokenizer(folder)
+    codec = ChatCodec.load(folder, tokenizer)
     api = Api(
         config,
         limits=Limits(max_context=model.max_position_embeddings, vocab_size=model.vocab_size),
         tokenizer=tokenizer,
-        structured=StructuredOutput.load(folder, tokenizer, "v3.2"),
+        codec=codec,
+        structured=StructuredOutput.load(folder, tokenizer, codec.name),
         pilot=Pilot(fleet, Costs(bytes_per_token=1), PrefixDirectory()),
         books=books,
         metrics=Metrics(),

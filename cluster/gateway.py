@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import ACTOR_NAME, NAMESPACE, WatchUpdate
 from cluster.errors import ApiError
@@ -49,7 +50,8 @@ class Gateway:
         self._controller = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         model = ModelConfig.load(Path(config.model))
         self._tokenizer = Tokenizer(Path(config.model))
-        self._structured = StructuredOutput.load(Path(config.model), self._tokenizer, "v3.2")
+        self._codec = ChatCodec.load(Path(config.model), self._tokenizer, config.chat_encoding)
+        self._structured = StructuredOutput.load(Path(config.model), self._tokenizer, self._codec.name)
         self._metrics = Metrics()
         self._directory = PrefixDirectory()
         self._books = Books(self._controller, PriceBook.load(), config.price_entry)
@@ -80,6 +82,7 @@ class Gateway:
             self._config,
             limits=self._limits,
             tokenizer=self._tokenizer,
+            codec=self._codec,
             structured=self._structured,
             pilot=self._pilot,
             books=self._books,

@@ -7,8 +7,9 @@ A tool that is `strict` gets arguments that its schema allows. Any other gets ar
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from cluster.chat_encoding import CALLS_BEGIN, DSML, ChatFormat
 from cluster.json_schema import check_schema
 from cluster.lark import Lark
 from cluster.parameters import Parameters
@@ -21,9 +22,7 @@ from cluster.tools import (
     ToolChoice,
 )
 
-ChatFormat = Literal["v3.2", "v3.2-exp"]
-
-_MARKER: dict[ChatFormat, str] = {"v3.2": "｜DSML｜", "v3.2-exp": "<｜tool▁calls▁begin｜>"}
+_MARKER: dict[ChatFormat, str] = {"v3.2": DSML, "v3.2-exp": CALLS_BEGIN}
 _FORMAT_PARAM = "response_format.json_schema.schema"
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
+from cluster.chat_encoding import ChatFormat
 from cluster.errors import InvalidRequest
-from cluster.grammars import ChatFormat, draft
+from cluster.grammars import draft
 from cluster.tokenizer import Tokenizer
 from cluster.tools import ResponseFormat, Tool, ToolChoice
 from workers.grammar import Compiler, GrammarError, load_compiler
@@ -62,7 +63,7 @@ class StructuredOutput:
     ) -> str | None:
         found = draft(
             chat_format=self._chat_format,
-            markers=self._tokenizer.marker_ids,
+            markers=self._tokenizer.special_ids,
             tools=tools,
             choice=choice,
             parallel=parallel,

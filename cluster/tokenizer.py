@@ -7,13 +7,14 @@ Special tokens are never seen in plain text, only where a piece of a prompt is m
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from cluster.chat_encoding import BOS, EOS, THINK, THINK_END, Piece
+from cluster.chat_encoding import BOS, DSML, EOS, THINK, THINK_END, Piece
 from workers.vocabulary import Vocabulary
 
 
@@ -46,19 +47,24 @@ class Tokenizer:
         return len(self._bytes)
 
     @property
-    def marker_ids(self) -> dict[str, int]:
-        """The markers of the chat format that are tokens of their own, by name."""
+    def special_ids(self) -> dict[str, int]:
+        """Of the tokens that stand apart from plain text, by name."""
         return self._special_ids
 
     def encode(self, pieces: Iterable[Piece]) -> list[int]:
         """Token ids. Raises KeyError for a special piece that is no special token."""
         ids: list[int] = []
-        for text, special in pieces:
+        for special, run in groupby(pieces, key=self._is_token):
+            names = [piece.text for piece in run]
             if special:
-                ids.append(self._special_ids[text])
+                ids += [self._special_ids[name] for name in names]
             else:
-                ids += self._plain.encode(text, add_special_tokens=False).ids
+                ids += self._plain.encode("".join(names), add_special_tokens=False).ids
         return ids
+
+    def _is_token(self, piece: Piece) -> bool:
+        """`｜DSML｜` is plain text to a tokenizer that has no such token."""
+        return piece.special and (piece.text != DSML or DSML in self._special_ids)
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw prompt, in which special tokens are what their names say; it begins with BOS in any case."""
@@ -74,6 +80,10 @@ class Tokenizer:
         """What a token stands for, special ones by name; empty for an id that the tokenizer does not use."""
         return self._bytes[token] if token < len(self._bytes) else b""
 
+    def mark_ids(self, marks: Mapping[str, str]) -> dict[int, str]:
+        """The same characters by the ids of the tokens that they stand for. Raises KeyError for a name of none."""
+        return {self._special_ids[name]: character for name, character in marks.items()}
+
     def text_bytes(self, token: int) -> bytes:
         """As `token_bytes`, but tokens that the file calls special (BOS, EOS) are no text and give nothing."""
         return b"" if token in self._hidden else self.token_bytes(token)
@@ -84,10 +94,15 @@ class Detokenizer:
 
     Half a character is held back until the rest comes, and so is what may become a stop string. All the text together is
     that of decoding all the tokens at once, up to the first stop string to be complete.
+
+    marks: what comes out for some special tokens in place of their names (see `cluster.reply_parser`).
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), marks: Mapping[int, str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._marks = marks or {}
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_StopString(text) for text in stop]
         self._held = ""  # a beginning of a stop string
@@ -95,7 +110,10 @@ class Detokenizer:
 
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """The text that is final now. may_stop False: it is no part of a stop string."""
-        text = self._characters.decode(self._tokenizer.text_bytes(token))
+        if token in self._marks:
+            text = self._characters.decode(b"", final=True) + self._marks[token]
+        else:
+            text = self._characters.decode(self._tokenizer.text_bytes(token))
         return self._release(text) if may_stop else text
 
     def finish(self) -> str:

@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import PrefixCacheController
 from cluster.fleet import ClusterState, Fleet
@@ -104,11 +105,13 @@ async def _serve(
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
     tokenizer = Tokenizer(model)
+    codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
         tokenizer=tokenizer,
-        structured=StructuredOutput.load(model, tokenizer, "v3.2"),
+        codec=codec,
+        structured=StructuredOutput.load(model, tokenizer, codec.name),
         pilot=pilot,
         books=books,
         metrics=Metrics(),

@@ -12,8 +12,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_workers_grammar import SCHEMAS
 
+from cluster.chat_encoding import ChatFormat
 from cluster.errors import InvalidRequest
-from cluster.grammars import ChatFormat, Draft, draft
+from cluster.grammars import Draft, draft
 from cluster.tools import (
     FunctionName,
     JsonObjectFormat,

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import structured
+from cluster.chat_encoding import ChatFormat
 from cluster.errors import InvalidRequest
-from cluster.grammars import ChatFormat
 from cluster.json_schema import KEYWORDS
 from cluster.structured import StructuredOutput
 from cluster.tools import JsonObjectFormat, JsonSchema, JsonSchemaFormat, Tool
