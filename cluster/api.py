@@ -35,10 +35,12 @@ from cluster.openapi import document
 from cluster.output import Output
 from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
+from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
 from workers.page_hash import page_hashes
+from workers.request import Grammar
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Api:
         limits: Limits,
         tokenizer: Tokenizer,
         codec: ChatCodec,
+        structured: StructuredOutput,
         pilot: Pilot,
         books: Books,
         metrics: Metrics,
@@ -65,6 +68,7 @@ class Api:
         self._limits = limits
         self._tokenizer = tokenizer
         self._codec = codec
+        self._structured = structured
         self._tenants = Tenants(config.tenants)
         self._pilot = pilot
         self._books = books
@@ -98,8 +102,21 @@ class Api:
             response_format=wanted.response_format,
         )
         reply = ChatReply(**self._identity("chatcmpl", wanted))
+        grammar = await self._structured.grammar(
+            thinking=prompt.thinking,
+            tools=tools,
+            choice=wanted.tool_choice,
+            parallel=wanted.parallel_tool_calls,
+            response_format=wanted.response_format,
+        )
         choices = self._choices(
-            reply.id, tenant, wanted, [prompt.tokens], thinking=prompt.thinking, may_call=bool(tools)
+            reply.id,
+            tenant,
+            wanted,
+            [prompt.tokens],
+            thinking=prompt.thinking,
+            may_call=bool(tools),
+            grammar=grammar,
         )
         return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
 
@@ -204,6 +221,7 @@ class Api:
         *,
         thinking: bool = False,
         may_call: bool = False,
+        grammar: Grammar | None = None,
     ) -> list[Choice]:
         """All choices of the first prompt, then those of the second. Raises ContextTooLong.
 
@@ -212,7 +230,7 @@ class Api:
         single = len(prompts) * wanted.n == 1
         choices: list[Choice] = []
         for prompt in prompts:
-            sampling = wanted.sampling(self._limits, len(prompt))
+            sampling = wanted.sampling(self._limits, len(prompt), grammar)
             hashes = page_hashes(tenant.namespace, prompt)
             leader = None
             for number in range(wanted.n):

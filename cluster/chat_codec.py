@@ -31,7 +31,7 @@ class ChatCodec:
     def __init__(self, tokenizer: Tokenizer, name: ChatFormat) -> None:
         """Raises ValueError where the tokenizer lacks a token of the format."""
         for token in _TOKENS[name]:
-            if token not in tokenizer.special_names:
+            if token not in tokenizer.special_ids:
                 raise ValueError(f"the chat format {name} needs a token {token}, which the tokenizer has not")
         self.name = name
         self._tokenizer = tokenizer
@@ -56,7 +56,7 @@ class ChatCodec:
     def parser(self) -> ReplyParser:
         """Of one reply to a prompt with tools."""
         if self.name == "v3.2":
-            return V32Parser(marked=DSML in self._tokenizer.special_names)
+            return V32Parser(marked=DSML in self._tokenizer.special_ids)
         return ExpParser()
 
 

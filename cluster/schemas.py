@@ -13,16 +13,14 @@ from cluster.bodies import convert, decode, invalid, pick
 from cluster.chat_encoding import Message, check_fields
 from cluster.errors import ContextTooLong, InvalidRequest, echo
 from cluster.tools import (
-    NamedTool,
     ResponseFormat,
-    TextFormat,
     Tool,
     ToolCall,
     ToolChoice,
     Tools,
     check_tools,
 )
-from workers.request import SamplingParams
+from workers.request import Grammar, SamplingParams
 
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -166,7 +164,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab_size):
                 raise invalid("logit_bias", f"{echo(key)} is not a token id below {limits.vocab_size}")
 
-    def sampling(self, limits: Limits, num_prompt_tokens: int) -> SamplingParams:
+    def sampling(
+        self, limits: Limits, num_prompt_tokens: int, grammar: Grammar | None = None
+    ) -> SamplingParams:
         """Everything a worker needs; a seed is drawn where none was given. Raises ContextTooLong."""
         room = limits.max_context - num_prompt_tokens
         max_tokens = room if self.max_output is None else self.max_output
@@ -191,6 +191,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
             logprobs=self.num_logprobs,
+            grammar=grammar,
         )
 
 
@@ -235,19 +236,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
             raise invalid("chat_template_kwargs.thinking", "contradicts thinking.type")
         check_fields(self.messages)
         check_tools(self.tools, self.tool_choice)
-        self._check_free()
-
-    def _check_free(self) -> None:
-        """Refuses what only a grammar could make sure of."""
-        if isinstance(self.tool_choice, NamedTool) or self.tool_choice == "required":
-            raise invalid("tool_choice", "is not supported other than auto or none")
-        if not self.parallel_tool_calls and self.offered_tools:
-            raise invalid("parallel_tool_calls", "is not supported other than true")
-        if not isinstance(self.response_format, TextFormat | None):
-            raise invalid("response_format", "is not supported other than text")
-        for index, tool in enumerate(self.offered_tools):
-            if tool.strict:
-                raise invalid(f"tools[{index}].function.strict", "is not supported other than false")
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):

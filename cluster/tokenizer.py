@@ -15,6 +15,7 @@ from typing import Any
 import tokenizers
 
 from cluster.chat_encoding import BOS, DSML, EOS, THINK, THINK_END, Piece
+from workers.vocabulary import Vocabulary
 
 
 class Tokenizer:
@@ -23,20 +24,20 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder) / "tokenizer.json"
         spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
-            raise ValueError(f"{path}: model and decoder must be BPE and ByteLevel")
-        added = spec["added_tokens"]
-        self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        added = [token["content"] for token in spec["added_tokens"]]
         for name in (BOS, EOS, THINK, THINK_END):
-            if name not in self._special_ids:
+            if name not in added:
                 raise ValueError(f"{path}: added_tokens has no {name}")
+        try:
+            self._bytes, self._special_ids = Vocabulary.of(spec)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         self.bos_id = self._special_ids[BOS]
         self.eos_id = self._special_ids[EOS]
         self.think_id = self._special_ids[THINK]
         self.think_end_id = self._special_ids[THINK_END]
         self._specials = re.compile("(" + "|".join(map(re.escape, self._special_ids)) + ")")
-        self._bytes = _token_bytes(spec["model"]["vocab"], self._special_ids)
-        self._hidden = frozenset(token["id"] for token in added if token["special"])
+        self._hidden = frozenset(token["id"] for token in spec["added_tokens"] if token["special"])
         # Without its added tokens the library sees plain text everywhere; `encode` puts the special ones in.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
 
@@ -46,9 +47,9 @@ class Tokenizer:
         return len(self._bytes)
 
     @property
-    def special_names(self) -> frozenset[str]:
-        """Of the tokens that stand apart from plain text."""
-        return frozenset(self._special_ids)
+    def special_ids(self) -> dict[str, int]:
+        """Of the tokens that stand apart from plain text, by name."""
+        return self._special_ids
 
     def encode(self, pieces: Iterable[Piece]) -> list[int]:
         """Token ids. Raises KeyError for a special piece that is no special token."""
@@ -156,22 +157,3 @@ class _StopString:
         while matched and self.text[matched] != character:
             matched = self._shorter[matched]
         return matched + (self.text[matched] == character)
-
-
-def _token_bytes(vocab: dict[str, int], special: dict[str, int]) -> list[bytes]:
-    """By id. A byte-level vocabulary writes each byte as one character; a special token's name is itself."""
-    byte_of = _byte_of_character()
-    table = [b""] * (max(*vocab.values(), *special.values()) + 1)
-    for token, index in vocab.items():
-        if token not in special:
-            table[index] = bytes(byte_of[character] for character in token)
-    for token, index in special.items():
-        table[index] = token.encode()
-    return table
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes follow from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}

@@ -22,6 +22,7 @@ from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prices import PriceBook
 from cluster.schemas import Limits
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
@@ -104,11 +105,13 @@ async def _serve(
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
     tokenizer = Tokenizer(model)
+    codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
         tokenizer=tokenizer,
-        codec=ChatCodec.load(model, tokenizer, config.chat_encoding),
+        codec=codec,
+        structured=StructuredOutput.load(model, tokenizer, codec.name),
         pilot=pilot,
         books=books,
         metrics=Metrics(),
