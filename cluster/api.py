@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from cluster.answer import Answer, Choice
 from cluster.billing import Books
-from cluster.chat_encoding import render
+from cluster.chat_codec import ChatCodec
 from cluster.completion import Completion
 from cluster.config import ClusterConfig
 from cluster.errors import (
@@ -35,10 +35,12 @@ from cluster.openapi import document
 from cluster.output import Output
 from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
+from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
 from workers.page_hash import page_hashes
+from workers.request import Grammar
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +57,8 @@ class Api:
         *,
         limits: Limits,
         tokenizer: Tokenizer,
+        codec: ChatCodec,
+        structured: StructuredOutput,
         pilot: Pilot,
         books: Books,
         metrics: Metrics,
@@ -63,6 +67,8 @@ class Api:
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
+        self._codec = codec
+        self._structured = structured
         self._tenants = Tenants(config.tenants)
         self._pilot = pilot
         self._books = books
@@ -88,9 +94,30 @@ class Api:
     async def chat(self, request: Request) -> Response:
         tenant = self._admit(request)
         wanted = parse_chat(await self._body(request), self._limits)
-        prompt = self._tokenizer.encode(render(wanted.messages, thinking=wanted.thinks))
+        tools = wanted.offered_tools
+        prompt = self._codec.encode(
+            wanted.messages,
+            thinking=wanted.thinks,
+            tools=tools,
+            response_format=wanted.response_format,
+        )
         reply = ChatReply(**self._identity("chatcmpl", wanted))
-        choices = self._choices(reply.id, tenant, wanted, [prompt])
+        grammar = await self._structured.grammar(
+            thinking=prompt.thinking,
+            tools=tools,
+            choice=wanted.tool_choice,
+            parallel=wanted.parallel_tool_calls,
+            response_format=wanted.response_format,
+        )
+        choices = self._choices(
+            reply.id,
+            tenant,
+            wanted,
+            [prompt.tokens],
+            thinking=prompt.thinking,
+            may_call=bool(tools),
+            grammar=grammar,
+        )
         return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
 
     async def complete(self, request: Request) -> Response:
@@ -122,7 +149,7 @@ class Api:
         self._tenants.of(request.headers.get("authorization"))
         wanted = parse_tokenize(await self._body(request))
         self._check_model(wanted.model)
-        return _json(encode(tokenize(wanted, self._tokenizer, self._limits.max_context)))
+        return _json(encode(tokenize(wanted, self._tokenizer, self._codec, self._limits.max_context)))
 
     async def detokenize(self, request: Request) -> Response:
         self._tenants.of(request.headers.get("authorization"))
@@ -186,13 +213,24 @@ class Api:
         }
 
     def _choices(
-        self, id: str, tenant: Tenant, wanted: GenerationRequest, prompts: list[list[int]]
+        self,
+        id: str,
+        tenant: Tenant,
+        wanted: GenerationRequest,
+        prompts: list[list[int]],
+        *,
+        thinking: bool = False,
+        may_call: bool = False,
+        grammar: Grammar | None = None,
     ) -> list[Choice]:
-        """All choices of the first prompt, then those of the second. Raises ContextTooLong."""
+        """All choices of the first prompt, then those of the second. Raises ContextTooLong.
+
+        thinking: the replies begin with reasoning. may_call: they may hold tool calls
+        """
         single = len(prompts) * wanted.n == 1
         choices: list[Choice] = []
         for prompt in prompts:
-            sampling = wanted.sampling(self._limits, len(prompt))
+            sampling = wanted.sampling(self._limits, len(prompt), grammar)
             hashes = page_hashes(tenant.namespace, prompt)
             leader = None
             for number in range(wanted.n):
@@ -205,24 +243,26 @@ class Api:
                     wants_progress=wanted.return_progress,
                     wants_selected_pages=wanted.selected_pages,
                 )
-                choices.append(self._choice(flight, tenant, wanted, leader))
+                output = Output(
+                    self._tokenizer,
+                    thinking=thinking,
+                    stop=wanted.stops,
+                    stop_token_ids=wanted.stop_token_ids,
+                    min_tokens=wanted.min_tokens,
+                    parser=self._codec.parser() if may_call else None,
+                )
+                choices.append(self._choice(flight, output, tenant, wanted, leader))
                 leader = leader or choices[-1]
         return choices
 
     def _choice(
         self,
         flight: Flight,
+        output: Output,
         tenant: Tenant,
         wanted: GenerationRequest,
         leader: Choice | None,
     ) -> Choice:
-        output = Output(
-            self._tokenizer,
-            thinking=wanted.thinks,
-            stop=wanted.stops,
-            stop_token_ids=wanted.stop_token_ids,
-            min_tokens=wanted.min_tokens,
-        )
         completion = Completion(
             flight,
             output,

@@ -26,6 +26,7 @@ from rich.table import Table
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import WorkerInfo
 from cluster.fleet import ClusterState, Fleet
@@ -36,6 +37,7 @@ from cluster.prices import PriceBook
 from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.serve import DEMO_MODEL
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from workers.messages import HEARTBEAT_S, Frame, Landed, Load, Prefill, Reserve, Ticket, Ticketed, ToWorker
 from workers.messages import Tokens as TokensUpdate
@@ -161,10 +163,14 @@ async def _serve(pipe: Connection, folder: Path, ports: dict[str, int]) -> None:
     model = ModelConfig.load(folder)
     books = Books(_NoLedger(), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
+    tokenizer = Tokenizer(folder)
+    codec = ChatCodec.load(folder, tokenizer)
     api = Api(
         config,
         limits=Limits(max_context=model.max_position_embeddings, vocab_size=model.vocab_size),
-        tokenizer=Tokenizer(folder),
+        tokenizer=tokenizer,
+        codec=codec,
+        structured=StructuredOutput.load(folder, tokenizer, codec.name),
         pilot=Pilot(fleet, Costs(bytes_per_token=1), PrefixDirectory()),
         books=books,
         metrics=Metrics(),

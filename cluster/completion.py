@@ -72,7 +72,10 @@ class Completion:
 
     @property
     def finish_reason(self) -> str:
-        return "stop" if self._output.stopped else self.flight.finish or "stop"
+        finish = self.flight.finish or "stop"
+        if self._output.stopped:
+            return "stop"
+        return "tool_calls" if finish == "stop" and self._output.has_calls else finish
 
     @property
     def usage(self) -> Usage:
@@ -120,7 +123,7 @@ class Completion:
                     if self._output.stopped:
                         break
             finish = "length" if self.finish_reason == "length" else "stop"
-            rest = self._output.finish()
+            rest = self._output.finish(cut=finish == "length")
             if any(rest):
                 yield Part(rest, [], None)
         except ApiError:

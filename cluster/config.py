@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from cluster.chat_encoding import ChatFormat
 from workers.config import EngineConfig
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
@@ -60,6 +61,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
 
     model: str | None = None  # folder of a checkpoint; None: the small one in demo/
     served_model_name: Name = "lightship"
+    chat_encoding: ChatFormat | None = None  # None: by what is in the checkpoint
     host: Name = "127.0.0.1"
     port: Port = 8000
     prefill: RoleConfig = RoleConfig()

@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from cluster.errors import ContextTooLong, Overloaded, WorkersLost
+from cluster.errors import ContextTooLong, InvalidRequest, Overloaded, WorkersLost
 from cluster.fleet import Connection, Fleet, WorkerLost
 from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs, Route, RouteRequest, WorkerView, choose
@@ -237,6 +237,10 @@ class Pilot:
         if isinstance(update, WorkerLost):
             if not (landed and update.worker == prefill.info.worker):
                 raise _Retry(f"worker {update.worker} was lost")
+        elif isinstance(update, Failed) and update.grammar:
+            raise InvalidRequest(
+                f"the tools or the response_format are too complex to follow: {update.reason}"
+            )
         elif isinstance(update, Failed) and not landed:
             if not update.retry:
                 raise ContextTooLong(update.reason)

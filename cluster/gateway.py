@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import ACTOR_NAME, NAMESPACE, WatchUpdate
 from cluster.errors import ApiError
@@ -25,6 +26,7 @@ from cluster.prefix_directory import PrefixDirectory
 from cluster.prices import PriceBook
 from cluster.router import Costs
 from cluster.schemas import Limits
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
@@ -48,6 +50,8 @@ class Gateway:
         self._controller = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         model = ModelConfig.load(Path(config.model))
         self._tokenizer = Tokenizer(Path(config.model))
+        self._codec = ChatCodec.load(Path(config.model), self._tokenizer, config.chat_encoding)
+        self._structured = StructuredOutput.load(Path(config.model), self._tokenizer, self._codec.name)
         self._metrics = Metrics()
         self._directory = PrefixDirectory()
         self._books = Books(self._controller, PriceBook.load(), config.price_entry)
@@ -78,6 +82,8 @@ class Gateway:
             self._config,
             limits=self._limits,
             tokenizer=self._tokenizer,
+            codec=self._codec,
+            structured=self._structured,
             pilot=self._pilot,
             books=self._books,
             metrics=self._metrics,

@@ -9,6 +9,8 @@ from msgspec import UNSET, Struct, UnsetType
 from cluster.logprobs import ChatLogprobs, CompletionLogprobs
 from cluster.output import Delta
 from cluster.prices import dollars
+from cluster.reply_parser import CallDelta
+from cluster.tools import FunctionCall, ToolCall
 
 DONE = b"data: [DONE]\n\n"
 
@@ -96,16 +98,51 @@ class Debug(Struct, frozen=True, kw_only=True):
     selected_pages: list[list[int]]  # [layers][pages]: tokens that the indexer selected of each
 
 
+class FunctionDelta(Struct, frozen=True, kw_only=True):
+    name: str | UnsetType = UNSET
+    arguments: str
+
+
+class ToolCallDelta(Struct, frozen=True, kw_only=True):
+    """What is new of one call; all but its index and arguments come once, with the first."""
+
+    index: int
+    id: str | UnsetType = UNSET
+    type: str | UnsetType = UNSET
+    function: FunctionDelta
+
+    @classmethod
+    def of(cls, call: CallDelta) -> "ToolCallDelta":
+        function = FunctionDelta(name=call.name or UNSET, arguments=call.arguments)
+        kind = "function" if call.id else UNSET
+        return cls(index=call.number, id=call.id or UNSET, type=kind, function=function)
+
+
 class ChatDelta(Struct, frozen=True, kw_only=True):
     role: str | UnsetType = UNSET
     content: str | UnsetType = UNSET
     reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCallDelta] | UnsetType = UNSET
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True):
     role: str = "assistant"
-    content: str
+    content: str | None  # None: nothing but calls
     reasoning_content: str | UnsetType = UNSET
+    tool_calls: list[ToolCall] | UnsetType = UNSET
+
+    @classmethod
+    def of(cls, delta: Delta) -> "ChatMessage":
+        """The message of which `delta` is all."""
+        calls = [
+            ToolCall(id=call.id, function=FunctionCall(name=call.name, arguments=call.arguments))
+            for call in delta.calls
+        ]
+        return cls(
+            content=delta.content or (None if calls else ""),
+            reasoning_content=delta.reasoning or UNSET,
+            tool_calls=calls or UNSET,
+        )
 
 
 class ChatChunkChoice(Struct, frozen=True, kw_only=True):
@@ -257,7 +294,11 @@ class ChatReply(Reply):
         self, delta: Delta, logprobs: ChatLogprobs | CompletionLogprobs | None = None, index: int = 0
     ) -> bytes:
         """The end of the reasoning and the beginning of the answer may share one event."""
-        text = ChatDelta(content=delta.content or UNSET, reasoning_content=delta.reasoning or UNSET)
+        text = ChatDelta(
+            content=delta.content or UNSET,
+            reasoning_content=delta.reasoning or UNSET,
+            tool_calls=[ToolCallDelta.of(call) for call in delta.calls] or UNSET,
+        )
         return self._event([ChatChunkChoice(index=index, delta=text, logprobs=logprobs)])  # type: ignore[arg-type]
 
     def end(self, finish_reason: str, debug: Debug | UnsetType = UNSET, index: int = 0) -> bytes:
@@ -266,8 +307,12 @@ class ChatReply(Reply):
 
     def _choice(self, index: int, whole: Whole) -> ChatChoice:
         delta, finish_reason, logprobs = whole
-        message = ChatMessage(content=delta.content, reasoning_content=delta.reasoning or UNSET)
-        return ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=finish_reason)  # type: ignore[arg-type]
+        return ChatChoice(
+            index=index,
+            message=ChatMessage.of(delta),
+            logprobs=logprobs,  # type: ignore[arg-type]
+            finish_reason=finish_reason,
+        )
 
 
 class CompletionReply(Reply):

@@ -10,9 +10,17 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from cluster.bodies import convert, decode, invalid, pick
-from cluster.chat_encoding import Message
+from cluster.chat_encoding import Message, check_fields
 from cluster.errors import ContextTooLong, InvalidRequest, echo
-from workers.request import SamplingParams
+from cluster.tools import (
+    ResponseFormat,
+    Tool,
+    ToolCall,
+    ToolChoice,
+    Tools,
+    check_tools,
+)
+from workers.request import Grammar, SamplingParams
 
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 Count = Annotated[int, msgspec.Meta(ge=1)]
@@ -27,9 +35,7 @@ GREEDY_BELOW = 1e-5  # a temperature so small that dividing by it may overflow; 
 COMPLETION_TOKENS = 16  # OpenAI's default for /v1/completions
 MAX_CHOICES = 128  # OpenAI's limit of n; here of n times the prompts
 
-IGNORED = frozenset(
-    {"user", "metadata", "service_tier", "parallel_tool_calls", "prompt_cache_key", "safety_identifier"}
-)
+IGNORED = frozenset({"user", "metadata", "service_tier", "prompt_cache_key", "safety_identifier"})
 # The values besides null with which a field that is not supported changes nothing.
 NEUTRAL: dict[str, tuple[Any, ...]] = {"store": (False,)}
 CHAT_NEUTRAL = NEUTRAL | {
@@ -39,9 +45,6 @@ CHAT_NEUTRAL = NEUTRAL | {
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": (),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none",),
-    "tools": ([],),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -50,11 +53,10 @@ MESSAGE_NEUTRAL: dict[str, tuple[Any, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "prefix": (False,),
     "refusal": (),
-    "tool_calls": ([],),
 }
 MESSAGE_IGNORED = frozenset({"name"})
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
 class Limits(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,11 +124,6 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
         return self.debug is not None and self.debug.selected_pages
 
     @property
-    def thinks(self) -> bool:
-        """Whether the model is to reason before it answers; off unless asked for."""
-        return False
-
-    @property
     def num_prompts(self) -> int:
         return 1
 
@@ -167,7 +164,9 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             if not (key.isascii() and key.isdigit() and len(key) < 10 and int(key) < limits.vocab_size):
                 raise invalid("logit_bias", f"{echo(key)} is not a token id below {limits.vocab_size}")
 
-    def sampling(self, limits: Limits, num_prompt_tokens: int) -> SamplingParams:
+    def sampling(
+        self, limits: Limits, num_prompt_tokens: int, grammar: Grammar | None = None
+    ) -> SamplingParams:
         """Everything a worker needs; a seed is drawn where none was given. Raises ContextTooLong."""
         room = limits.max_context - num_prompt_tokens
         max_tokens = room if self.max_output is None else self.max_output
@@ -192,6 +191,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True,
             ignore_eos=self.ignore_eos,
             min_tokens=self.min_tokens,
             logprobs=self.num_logprobs,
+            grammar=grammar,
         )
 
 
@@ -202,9 +202,19 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     top_logprobs: Top | None = None
     thinking: Thinking | None = None  # DeepSeek's switch
     chat_template_kwargs: TemplateArguments | None = None  # vLLM's
+    tools: Tools = []
+    tool_choice: ToolChoice | None = None  # None: auto
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """Those that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
 
     @property
     def thinks(self) -> bool:
+        """Whether the model is to reason before it answers; off unless asked for."""
         if self.thinking is not None:
             return self.thinking.type == "enabled"
         return self.chat_template_kwargs is not None and self.chat_template_kwargs.thinking
@@ -224,11 +234,8 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
         arguments = self.chat_template_kwargs
         if arguments is not None and arguments.thinking != self.thinks:
             raise invalid("chat_template_kwargs.thinking", "contradicts thinking.type")
-        for index, message in enumerate(self.messages):
-            if message.role != "assistant" and message.content is None:
-                raise invalid(f"messages[{index}].content", "is required")
-            if message.role != "assistant" and message.reasoning_content is not None:
-                raise invalid(f"messages[{index}].reasoning_content", "belongs to assistant messages only")
+        check_fields(self.messages)
+        check_tools(self.tools, self.tool_choice)
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
@@ -299,11 +306,17 @@ def _message(raw: Any, where: str) -> Any:
     if not isinstance(raw, dict):
         return raw
     role = raw.get("role")
-    if role in ("developer", "tool", "function"):
-        raise invalid(f"{where}.role", f"{role} is not supported")
-    if isinstance(role, str) and role not in ("system", "user", "assistant"):
-        raise invalid(f"{where}.role", f"must be system, user or assistant, not {echo(role)}")
-    return pick(raw, Message, MESSAGE_NEUTRAL, MESSAGE_IGNORED, f"{where}.")
+    if isinstance(role, str) and role not in ROLES:
+        raise invalid(f"{where}.role", f"must be one of {', '.join(ROLES)}, not {echo(role)}")
+    fields = pick(raw, Message, MESSAGE_NEUTRAL, MESSAGE_IGNORED, f"{where}.")
+    if isinstance(calls := fields.get("tool_calls"), list):
+        fields["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
+    return fields
+
+
+def _call(raw: Any, where: str) -> Any:
+    """A client that put the deltas of a stream together may have kept their index."""
+    return pick(raw, ToolCall, {}, frozenset({"index"}), f"{where}.") if isinstance(raw, dict) else raw
 
 
 def _check_ids(param: str, ids: list[int], limits: Limits) -> None:

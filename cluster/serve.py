@@ -19,8 +19,10 @@ import httpx
 import msgspec
 from rich.console import Console
 
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig, ConfigError, LedgerConfig, load
 from cluster.ledger import Ledger, LedgerUnavailable
+from cluster.tokenizer import Tokenizer
 from workers.model import load_model
 from workers.paged_cache import num_pages_for
 
@@ -105,13 +107,14 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _check_model(config: ClusterConfig, model: Path) -> None:
-    """The checkpoint holds every tensor of the model, and each worker has memory for at least one page."""
+    """The checkpoint has every tensor and a known chat format, and each worker memory for at least one page."""
     try:
         for role in (config.prefill, config.decode):
             empty = load_model(model, msgspec.structs.replace(role.engine, device="meta"))
             if role.engine.cache_bytes is not None:
                 num_pages_for(role.engine.cache_bytes, empty.layout, empty.config.num_hidden_layers)
-    except ValueError as error:
+        ChatCodec.load(model, Tokenizer(model), config.chat_encoding)
+    except (ValueError, OSError) as error:
         raise StartError(str(error)) from None
 
 

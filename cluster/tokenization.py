@@ -6,9 +6,11 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from cluster.bodies import convert, decode, invalid, pick
-from cluster.chat_encoding import Message, render
+from cluster.chat_codec import ChatCodec
+from cluster.chat_encoding import Message, check_fields
 from cluster.schemas import Name, TokenId, read_messages
 from cluster.tokenizer import Tokenizer
+from cluster.tools import Tools, check_tools
 
 
 class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -18,6 +20,7 @@ class TokenizeRequest(Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     prompt: Name | None = None
     messages: Annotated[list[Message], msgspec.Meta(min_length=1)] | None = None
     thinking: bool = False  # with messages: whether the model is to reason before it answers
+    tools: Tools = []  # with messages
     return_token_strs: bool = False
 
 
@@ -43,6 +46,8 @@ def parse_tokenize(body: bytes) -> TokenizeRequest:
     request = convert(fields, TokenizeRequest)
     if (request.prompt is None) == (request.messages is None):
         raise invalid("prompt", "either prompt or messages is required")
+    check_fields(request.messages or [])
+    check_tools(request.tools, None)
     return request
 
 
@@ -55,10 +60,10 @@ def parse_detokenize(body: bytes, vocab_size: int) -> DetokenizeRequest:
     return request
 
 
-def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, max_context: int) -> Tokenized:
+def tokenize(request: TokenizeRequest, tokenizer: Tokenizer, codec: ChatCodec, max_context: int) -> Tokenized:
     """The ids that a request with this prompt or chat would begin with."""
     if request.messages is not None:
-        tokens = tokenizer.encode(render(request.messages, thinking=request.thinking))
+        tokens = codec.encode(request.messages, thinking=request.thinking, tools=request.tools).tokens
     else:
         tokens = tokenizer.encode_prompt(request.prompt or "")
     names = [tokenizer.token_bytes(token).decode(errors="replace") for token in tokens]

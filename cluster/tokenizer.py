@@ -7,13 +7,15 @@ Special tokens are never seen in plain text, only where a piece of a prompt is m
 import codecs
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 
-from cluster.chat_encoding import BOS, EOS, THINK, THINK_END, Piece
+from cluster.chat_encoding import BOS, DSML, EOS, THINK, THINK_END, Piece
+from workers.vocabulary import Vocabulary
 
 
 class Tokenizer:
@@ -22,20 +24,20 @@ class Tokenizer:
     def __init__(self, folder: str | Path) -> None:
         path = Path(folder) / "tokenizer.json"
         spec: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if spec["model"]["type"] != "BPE" or (spec["decoder"] or {}).get("type") != "ByteLevel":
-            raise ValueError(f"{path}: model and decoder must be BPE and ByteLevel")
-        added = spec["added_tokens"]
-        self._special_ids: dict[str, int] = {token["content"]: token["id"] for token in added}
+        added = [token["content"] for token in spec["added_tokens"]]
         for name in (BOS, EOS, THINK, THINK_END):
-            if name not in self._special_ids:
+            if name not in added:
                 raise ValueError(f"{path}: added_tokens has no {name}")
+        try:
+            self._bytes, self._special_ids = Vocabulary.of(spec)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
         self.bos_id = self._special_ids[BOS]
         self.eos_id = self._special_ids[EOS]
         self.think_id = self._special_ids[THINK]
         self.think_end_id = self._special_ids[THINK_END]
         self._specials = re.compile("(" + "|".join(map(re.escape, self._special_ids)) + ")")
-        self._bytes = _token_bytes(spec["model"]["vocab"], self._special_ids)
-        self._hidden = frozenset(token["id"] for token in added if token["special"])
+        self._hidden = frozenset(token["id"] for token in spec["added_tokens"] if token["special"])
         # Without its added tokens the library sees plain text everywhere; `encode` puts the special ones in.
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(spec | {"added_tokens": []}))
 
@@ -44,15 +46,25 @@ class Tokenizer:
         """One more than the highest id."""
         return len(self._bytes)
 
+    @property
+    def special_ids(self) -> dict[str, int]:
+        """Of the tokens that stand apart from plain text, by name."""
+        return self._special_ids
+
     def encode(self, pieces: Iterable[Piece]) -> list[int]:
         """Token ids. Raises KeyError for a special piece that is no special token."""
         ids: list[int] = []
-        for text, special in pieces:
+        for special, run in groupby(pieces, key=self._is_token):
+            names = [piece.text for piece in run]
             if special:
-                ids.append(self._special_ids[text])
+                ids += [self._special_ids[name] for name in names]
             else:
-                ids += self._plain.encode(text, add_special_tokens=False).ids
+                ids += self._plain.encode("".join(names), add_special_tokens=False).ids
         return ids
+
+    def _is_token(self, piece: Piece) -> bool:
+        """`｜DSML｜` is plain text to a tokenizer that has no such token."""
+        return piece.special and (piece.text != DSML or DSML in self._special_ids)
 
     def encode_prompt(self, text: str) -> list[int]:
         """A raw prompt, in which special tokens are what their names say; it begins with BOS in any case."""
@@ -68,6 +80,10 @@ class Tokenizer:
         """What a token stands for, special ones by name; empty for an id that the tokenizer does not use."""
         return self._bytes[token] if token < len(self._bytes) else b""
 
+    def mark_ids(self, marks: Mapping[str, str]) -> dict[int, str]:
+        """The same characters by the ids of the tokens that they stand for. Raises KeyError for a name of none."""
+        return {self._special_ids[name]: character for name, character in marks.items()}
+
     def text_bytes(self, token: int) -> bytes:
         """As `token_bytes`, but tokens that the file calls special (BOS, EOS) are no text and give nothing."""
         return b"" if token in self._hidden else self.token_bytes(token)
@@ -78,10 +94,15 @@ class Detokenizer:
 
     Half a character is held back until the rest comes, and so is what may become a stop string. All the text together is
     that of decoding all the tokens at once, up to the first stop string to be complete.
+
+    marks: what comes out for some special tokens in place of their names (see `cluster.reply_parser`).
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, stop: Sequence[str] = (), marks: Mapping[int, str] | None = None
+    ) -> None:
         self._tokenizer = tokenizer
+        self._marks = marks or {}
         self._characters = codecs.getincrementaldecoder("utf-8")("replace")
         self._stops = [_StopString(text) for text in stop]
         self._held = ""  # a beginning of a stop string
@@ -89,7 +110,10 @@ class Detokenizer:
 
     def push(self, token: int, *, may_stop: bool = True) -> str:
         """The text that is final now. may_stop False: it is no part of a stop string."""
-        text = self._characters.decode(self._tokenizer.text_bytes(token))
+        if token in self._marks:
+            text = self._characters.decode(b"", final=True) + self._marks[token]
+        else:
+            text = self._characters.decode(self._tokenizer.text_bytes(token))
         return self._release(text) if may_stop else text
 
     def finish(self) -> str:
@@ -133,22 +157,3 @@ class _StopString:
         while matched and self.text[matched] != character:
             matched = self._shorter[matched]
         return matched + (self.text[matched] == character)
-
-
-def _token_bytes(vocab: dict[str, int], special: dict[str, int]) -> list[bytes]:
-    """By id. A byte-level vocabulary writes each byte as one character; a special token's name is itself."""
-    byte_of = _byte_of_character()
-    table = [b""] * (max(*vocab.values(), *special.values()) + 1)
-    for token, index in vocab.items():
-        if token not in special:
-            table[index] = bytes(byte_of[character] for character in token)
-    for token, index in special.items():
-        table[index] = token.encode()
-    return table
-
-
-def _byte_of_character() -> dict[str, int]:
-    """GPT-2's alphabet: visible Latin-1 characters stand for themselves, the other bytes follow from U+0100 on."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}

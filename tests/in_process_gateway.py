@@ -14,6 +14,7 @@ from starlette.routing import Route
 
 from cluster.api import Api
 from cluster.billing import Books
+from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import PrefixCacheController
 from cluster.fleet import ClusterState, Fleet
@@ -21,6 +22,7 @@ from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prices import PriceBook
 from cluster.schemas import Limits
+from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
@@ -102,10 +104,14 @@ async def _serve(
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
     settling = asyncio.create_task(books.settle_forever())
+    tokenizer = Tokenizer(model)
+    codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
-        tokenizer=Tokenizer(model),
+        tokenizer=tokenizer,
+        codec=codec,
+        structured=StructuredOutput.load(model, tokenizer, codec.name),
         pilot=pilot,
         books=books,
         metrics=Metrics(),

@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 from hypothesis import example, given
 
-from cluster.chat_encoding import ASSISTANT, BOS, EOS, THINK_END, USER, Message, Piece, render
+from cluster.chat_encoding import ASSISTANT, BOS, EOS, THINK_END, USER, Message, Piece
+from cluster.chat_encoding_v32 import render
 from cluster.tokenizer import Detokenizer, Tokenizer
 from workers.tiny import build_tokenizer
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from cluster.chat_encoding import Message, render
+from cluster.chat_encoding import Message
+from cluster.chat_encoding_v32 import render
 from cluster.tokenizer import Tokenizer as ServiceTokenizer
 from demo import words
 from demo.documents import ABSENT, DOUBLE, OTHER, SINGLE, Documents, Writer

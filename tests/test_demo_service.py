@@ -18,7 +18,8 @@ import openai
 import pytest
 import torch
 
-from cluster.chat_encoding import Message, render
+from cluster.chat_encoding import Message
+from cluster.chat_encoding_v32 import render
 from cluster.tokenizer import Tokenizer
 from demo.documents import Writer
 from demo.patterns import HOLE

@@ -1,5 +1,6 @@
 """The engine with a model that reads its tokens back through slots and page tables: a wrong page gives a wrong token."""
 
+import json
 from collections.abc import Callable
 from random import Random
 from typing import Any
@@ -12,11 +13,15 @@ from hypothesis import strategies as st
 from kernels.rows import Rows
 from workers.config import EngineConfig
 from workers.engine import Engine, StepOutput
-from workers.request import Request, SamplingParams
+from workers.grammar import Compiler, Grammars
+from workers.request import Grammar, Request, SamplingParams
 from workers.runner import Runner
 from workers.sampler import sample
+from workers.vocabulary import Vocabulary
 
 VOCAB, EOS, MODULUS = 101, 1, 1_000_003
+SPELLINGS = [b"", b"", b'{"', b'":', b'", "', b'"}', *(bytes([byte]) for byte in range(32, 127))]
+COMPILER = Compiler(Vocabulary(SPELLINGS, {"end": EOS}), vocab_size=VOCAB, eos_token_ids=[EOS])
 
 
 def mix(values: torch.Tensor) -> torch.Tensor:
@@ -80,6 +85,7 @@ def make_engine(num_pages: int = 12, cache: torch.Tensor | None = None, **config
         config=EngineConfig(**config),
         eos_token_ids=[EOS],
         max_context=600,
+        grammars=Grammars(COMPILER),
     )
 
 
@@ -318,3 +324,107 @@ def test_what_can_never_be_served_is_refused() -> None:
     for refuse in (engine.check_fits, engine.add, engine.reserve):
         with pytest.raises(ValueError, match="need 5 pages of 64 tokens; there are 4"):
             refuse(request)
+
+
+RULES = [
+    'start: %json {"type": "object", "properties": {"a": {"enum": [1, 23]}, "b": {"type": "string", "maxLength": 5}}, "required": ["a", "b"]}',
+    'start: %json {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "minItems": 3, "maxItems": 6}',
+]
+PATTERN_OF_WHITESPACE = ', "x-guidance": {"whitespace_flexible": false}}'
+
+
+def ruled(request_id: str, number: int, **fields: Any) -> Request:
+    """Beside reasoning in two of three; even one that ignores EOS ends with its grammar."""
+    grammar = Grammar(RULES[number % 2].removesuffix("}") + PATTERN_OF_WHITESPACE, [None, 40, 60][number % 3])
+    tokens = fields.pop("tokens", prompt("ab", 50 + 30 * number))
+    return make_request(
+        request_id,
+        tokens,
+        max_tokens=400,
+        seed=number,
+        temperature=float(number % 4 != 0),
+        presence_penalty=1.0,
+        ignore_eos=number == 1,
+        grammar=grammar,
+        **fields,
+    )
+
+
+def answer_of(request: Request) -> Any:
+    """What stands behind the reasoning."""
+    output = request.tokens[request.num_prompt_tokens :]
+    assert output.pop() == EOS
+    after = request.sampling.grammar.after if request.sampling.grammar else None
+    if after is not None:
+        output = output[output.index(after) + 1 :]
+    assert EOS not in output
+    return json.loads(b"".join(SPELLINGS[token] for token in output))
+
+
+def test_a_grammar_holds_beside_free_requests_whatever_disturbs_them() -> None:
+    alone: dict[str, list[int]] = {}
+    for number in range(6):
+        tokens, _ = run_after_adding(make_engine(), ruled(f"ruled-{number}", number))
+        alone |= tokens
+    free = [make_request(f"free-{n}", prompt("abc", 60 + 40 * n), max_tokens=30) for n in range(4)]
+    expected = {request.id: expected_output(request) for request in free}
+    requests = [ruled(f"ruled-{number}", number) for number in range(6)]
+    engine = make_engine(num_pages=14, max_batched_tokens=64)
+    tokens, _ = run_after_adding(engine, *free, *requests, disturb=Random(2))
+    assert tokens == expected | alone
+    for number, request in enumerate(requests):
+        assert request.finish_reason == "stop"
+        answer = answer_of(request)
+        if number % 2:
+            assert 3 <= len(answer) <= 6
+        else:
+            assert answer["a"] in (1, 23)
+            assert len(answer["b"]) <= 5
+
+
+def run_after_adding(
+    engine: Engine, *requests: Request, disturb: Random | None = None
+) -> tuple[dict[str, list[int]], list[StepOutput]]:
+    for request in requests:
+        engine.add(request)
+    return run(engine, disturb)
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_a_resumed_request_goes_on_inside_its_grammar(number: int) -> None:
+    whole = ruled("whole", number)
+    run_after_adding(make_engine(), whole)
+    for cut in range(whole.num_prompt_tokens, len(whole.tokens)):
+        resumed = ruled(
+            "resumed", number, tokens=whole.tokens[:cut], num_prompt_tokens=whole.num_prompt_tokens
+        )
+        run_after_adding(make_engine(), resumed)
+        assert resumed.tokens == whole.tokens
+
+
+@pytest.mark.parametrize("prefills", [False, True])
+def test_a_grammar_that_cannot_be_followed_ends_its_request_only(prefills: bool) -> None:
+    engine = make_engine()
+    free = make_request("free", prompt("a", 70), max_tokens=6)
+    expected = expected_output(free)
+    fields = {"hold_pages": True, "one_token": True} if prefills else {}
+    broken = [
+        make_request("unreadable", prompt("b", 90), grammar=Grammar("start: nothing"), **fields),
+        make_request(
+            "wrong output",
+            [*prompt("b", 70), 50],
+            num_prompt_tokens=70,
+            grammar=Grammar('start: "}"'),
+            **fields,
+        ),
+    ]
+    tokens, outputs = run_after_adding(engine, free, *broken)
+    assert tokens == {"free": expected}
+    failed = {request.id: reason for output in outputs for request, reason in output.failed}
+    assert failed.keys() == {"unreadable", "wrong output"}
+    assert "nothing" in failed["unreadable"]
+    for request in broken:
+        assert request.finish_reason is not None
+        assert engine.release(request.id) == prefills
+    engine.pools.check()
+    assert engine.pools.held == 0

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from workers.request import Request, SamplingParams
-from workers.sampler import sample, uniform
+from workers.grammar import Masks
+from workers.request import Grammar, Request, SamplingParams
+from workers.sampler import _allowed, sample, uniform
 
 
 def make_request(prompt: list[int], output: list[int], **sampling: Any) -> Request:
@@ -183,3 +184,71 @@ def test_logprobs_are_of_the_raw_distribution() -> None:
     (none,) = sample(logits, [make_request([1], [], temperature=0, logprobs=0)])[1]
     assert none is not None
     assert (none.logprob, none.top) == (expected[4].item(), [])
+
+
+def masks_of(rows: list[int], allowed: list[set[int]], vocab: int) -> Masks:
+    bits = torch.zeros(len(rows), -(-vocab // 32), dtype=torch.int64)
+    for row, tokens in zip(bits, allowed, strict=True):
+        for token in tokens:
+            row[token // 32] |= 1 << token % 32
+    return Masks(rows, bits.to(torch.uint32).view(torch.int32))
+
+
+@pytest.mark.parametrize("vocab", [12, 32, 65])
+def test_a_masked_row_equals_one_whose_other_tokens_are_impossible(vocab: int) -> None:
+    requests = [random_request() for _ in range(200)]
+    rows = sorted(random.sample(range(200), 80))
+    allowed = [set(random.sample(range(vocab), random.randrange(1, vocab))) | {vocab - 1} for _ in rows]
+    logits = torch.randint(-12, 13, (200, vocab)) / 4
+    before = logits.clone()
+    masked = logits.clone()
+    for row, tokens in zip(rows, allowed, strict=True):
+        masked[row, sorted(set(range(vocab)) - tokens)] = -torch.inf
+    tokens, _ = sample(logits, requests, (), masks_of(rows, allowed, vocab))
+    assert tokens == sample(masked, requests)[0]
+    assert torch.equal(logits, before)
+    for row, choice in zip(rows, allowed, strict=True):
+        assert tokens[row] in choice
+    free = [row for row in range(200) if row not in rows]
+    assert [tokens[row] for row in free] == [sample(logits, requests)[0][row] for row in free]
+
+
+def test_the_end_of_a_grammar_is_the_end() -> None:
+    grammar = Grammar('start: "x"')
+    logits = torch.zeros(1, 40)
+    for ignore_eos in (False, True):
+        request = make_request(
+            [1], [2], temperature=0, min_tokens=5, ignore_eos=ignore_eos, stop_token_ids=(7,), grammar=grammar
+        )
+        only_the_end, more = (masks_of([0], [tokens], 40) for tokens in ({3}, {3, 7, 9}))
+        assert sample(logits, [request], (3,), only_the_end)[0] == [3]
+        assert sample(logits, [request], (3,), more)[0] == [9]
+
+
+def test_logprobs_know_nothing_of_the_grammar() -> None:
+    logits = torch.randn(2, 40)
+    request = make_request([1], [], temperature=0, logprobs=3)
+    (free, ruled), (expected, same) = sample(logits, [request, request], (), masks_of([1], [{33}], 40))
+    assert ruled == 33
+    assert expected is not None
+    assert same is not None
+    assert free == expected.top[0][0]
+    assert same.logprob == logits[1].double().log_softmax(-1)[33].item()
+    assert same.top[0][0] == int(logits[1].argmax())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_masks_as_a_cpu_does_and_waits_for_nothing() -> None:
+    logits = torch.randn(8, 129_280)
+    allowed = [set(random.sample(range(129_280), 50)) for _ in range(5)]
+    masks = masks_of([1, 2, 4, 6, 7], allowed, 129_280)
+    expected = _allowed(logits, masks)
+    logits = logits.cuda()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = _allowed(logits, masks)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(found.cpu(), expected)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 
 from workers.config import EngineConfig
+from workers.grammar import Grammars
 from workers.messages import Load
 from workers.page_pool import PagePool
 from workers.page_pools import PagePools
@@ -31,12 +32,14 @@ class StepOutput:
     """What one step did.
 
     scheduled: what was computed; request.num_computed_tokens is now item.end. results: the requests that caught up.
-    preempted: requests that lost their pages and wait again. seconds: wall time of the step.
+    preempted: requests that lost their pages and wait again. failed: requests that ended because their grammar cannot be
+    followed, and why. seconds: wall time of the step.
     """
 
     scheduled: list[Scheduled]
     results: list[Result]
     preempted: list[Request]
+    failed: list[tuple[Request, str]]
     seconds: float
 
 
@@ -68,11 +71,14 @@ class Engine:
         config: EngineConfig,
         eos_token_ids: Collection[int],
         max_context: int,
+        grammars: Grammars | None = None,
     ) -> None:
+        """grammars: None where no request has one."""
         self.config = config
         self.pools = PagePools([PagePool(num_pages) for _ in range(num_pools)])
         self._runner = runner
         self._eos_token_ids = eos_token_ids
+        self._grammars = grammars
         self._scheduler = Scheduler(self.pools, config, eos_token_ids=eos_token_ids, max_context=max_context)
 
     def check_fits(self, request: Request) -> None:
@@ -82,10 +88,14 @@ class Engine:
     def add(self, request: Request) -> None:
         """Queues a request. Raises ValueError if it can never be served, QueueFull (a ValueError) if too many wait."""
         self._scheduler.add(request)
+        self._begin_grammar(request)
 
     def reserve(self, request: Request) -> bool:
         """Pages for a prompt that a prefill worker will fill: all of them now, or False."""
-        return self._scheduler.reserve(request)
+        reserved = self._scheduler.reserve(request)
+        if reserved:
+            self._begin_grammar(request)
+        return reserved
 
     def landed(self, request_id: str, page_index: int) -> None:
         """A page of a reserved request has arrived and was verified."""
@@ -119,15 +129,29 @@ class Engine:
         requests = plan.sampling
         tokens: list[int] = []
         logprobs: list[TokenLogprobs | None] = []
+        failed: dict[str, str] = {}
         if plan.scheduled:
-            tokens, logprobs = sample(self._runner.run(plan), requests, self._eos_token_ids)
+            logits = self._runner.run(plan)
+            masks, failed = (
+                self._grammars.masks(requests) if self._grammars else (None, failed)
+            )  # beside a GPU
+            tokens, logprobs = sample(logits, requests, self._eos_token_ids, masks)
         self._scheduler.update(plan, tokens)
+        for request_id in failed:
+            self._scheduler.abort(request_id)
         results = [
             Result(request, token, logprob, request.finish_reason)
             for request, token, logprob in zip(requests, tokens, logprobs, strict=True)
+            if request.id not in failed
         ]
         self._check_if_idle()
-        return StepOutput(plan.scheduled, results, plan.preempted, time.perf_counter() - started)
+        return StepOutput(
+            scheduled=plan.scheduled,
+            results=results,
+            preempted=plan.preempted,
+            failed=[(request, failed[request.id]) for request in requests if request.id in failed],
+            seconds=time.perf_counter() - started,
+        )
 
     def check(self) -> None:
         """Raises if the engine cannot go on, even if there is nothing to do."""
@@ -136,6 +160,8 @@ class Engine:
     def close(self) -> None:
         """Ends the other ranks of the worker. Safe to call twice."""
         self._runner.close()
+        if self._grammars:
+            self._grammars.close()
 
     def load(self, *, extra_waiting: int = 0, **figures: Any) -> Load:
         """How busy the engine is. `extra_waiting` requests wait outside; `figures` are further fields of Load."""
@@ -148,6 +174,10 @@ class Engine:
             held_pages=self.pools.held,
             **figures,
         )
+
+    def _begin_grammar(self, request: Request) -> None:
+        if self._grammars:
+            self._grammars.begin(request)
 
     def _check_if_idle(self) -> None:
         if not self._scheduler.num_running and not self._scheduler.num_waiting:

@@ -8,7 +8,7 @@ import msgspec
 
 from workers.request import SamplingParams, TokenLogprobs
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 HEARTBEAT_S = 0.2
 
 
@@ -92,6 +92,7 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     request_id: str
     reason: str
     retry: bool
+    grammar: bool = False  # its grammar cannot be followed, here or elsewhere
 
 
 class Landed(msgspec.Struct, frozen=True, tag="landed"):

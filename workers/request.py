@@ -7,6 +7,13 @@ from typing import Any
 import msgspec
 
 
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What an answer must follow, in llguidance's Lark-like language. Checked by the gateway."""
+
+    text: str
+    after: int | None = None  # the token behind which it begins; None: at once
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """How the next token is chosen. Validated by the gateway; `seed` is always set there."""
 
@@ -24,6 +31,12 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     ignore_eos: bool = False
     min_tokens: int = 0  # before so many nothing ends the answer: neither EOS nor stop_token_ids
     logprobs: int | None = None  # None: none; n: the sampled token's and the n best
+    grammar: Grammar | None = None
+
+    @property
+    def eos_ends(self) -> bool:
+        """A grammar has an end, and only EOS can follow it."""
+        return self.grammar is not None or not self.ignore_eos
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
@@ -58,6 +71,7 @@ class Request:
     page_counts: Any = (
         None  # decode role, where asked for: a PageCounts of the runner's, of which nothing is known here
     )
+    matcher: Any = None  # where there is a grammar: the future of a Matcher of workers.grammar
     status: Status = Status.WAITING
     rank: int = 0  # whose pages it has; set by the scheduler
     num_computed_tokens: int = 0

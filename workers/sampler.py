@@ -1,7 +1,8 @@
 """Logits to tokens. A row's result depends only on its own logits and its own request, never on the rest of the batch.
 
 Random numbers are counter-based, one for each (seed, output position), so that another worker can go on exactly where one
-stopped. Penalties, bias and truncation are defined, and applied in the order, as in vLLM. Knows nothing of scheduling.
+stopped. Penalties, bias and truncation are defined, and applied in the order, as in vLLM; what a grammar does not allow is
+taken away before them. Knows nothing of scheduling.
 
 On a GPU the host waits once, for the tokens, and once more if log-probabilities are asked for.
 """
@@ -14,21 +15,26 @@ from collections.abc import Collection, Iterable, Sequence
 import torch
 
 from workers.device import to_device
+from workers.grammar import Masks
 from workers.request import Request, TokenLogprobs
 
 
 def sample(
-    logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Collection[int] = ()
+    logits: torch.Tensor,
+    requests: Sequence[Request],
+    eos_token_ids: Collection[int] = (),
+    masks: Masks | None = None,
 ) -> tuple[list[int], list[TokenLogprobs | None]]:
     """The next token of each request, and its log-probabilities where the request asks for them.
 
     logits: fp32 [S, V], row s for requests[s]; left unchanged. eos_token_ids: what ends an answer by itself.
     """
-    chosen = logits.argmax(dim=-1)  # the lowest id on ties
+    scores = logits if masks is None else _allowed(logits, masks)
+    chosen = scores.argmax(dim=-1)  # the lowest id on ties
     drawn = [row for row, request in enumerate(requests) if not _takes_argmax(request)]
     if drawn:
         rows = to_device(torch.tensor(drawn), logits.device)
-        chosen[rows] = _draw(logits[rows].double(), [requests[row] for row in drawn], eos_token_ids)
+        chosen[rows] = _draw(scores[rows].double(), [requests[row] for row in drawn], eos_token_ids)
     tokens = chosen.tolist()
     return tokens, _logprobs(logits, tokens, [request.sampling.logprobs for request in requests])
 
@@ -59,6 +65,14 @@ def _logprobs(
     return result
 
 
+def _allowed(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """The logits, -inf where a grammar forbids a token."""
+    rows, bits = (to_device(part, logits.device) for part in (torch.tensor(masks.rows), masks.bits))
+    places = torch.arange(32, dtype=torch.int32, device=logits.device)
+    forbidden = ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, : logits.shape[1]] == 0
+    return logits.index_copy(0, rows, logits[rows].masked_fill(forbidden, -torch.inf))
+
+
 def _takes_argmax(request: Request) -> bool:
     sampling = request.sampling
     return sampling.temperature == 0 and not (
@@ -84,8 +98,10 @@ def _draw(logits: torch.Tensor, requests: Sequence[Request], eos_token_ids: Coll
     for row, request in zip(logits, requests, strict=True):
         _adjust(row, request)
         if _goes_on(request):
-            ends = {*request.sampling.stop_token_ids, *(() if request.sampling.ignore_eos else eos_token_ids)}
-            row[_ids(ends, row)] = -torch.inf
+            ends = {*request.sampling.stop_token_ids, *(eos_token_ids if request.sampling.eos_ends else ())}
+            others = row.index_fill(0, _ids(ends, row), -torch.inf)
+            # Where a grammar has come to its end, only the end is left.
+            row.copy_(torch.where(others.isneginf().all(), row, others))
     settings = torch.tensor(
         [_settings(request, logits.shape[1]) for request in requests], dtype=torch.float64
     )

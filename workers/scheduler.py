@@ -331,7 +331,7 @@ class Scheduler:
     def _append(self, request: Request, token: int) -> None:
         request.tokens.append(token)
         stops = request.sampling.stop_token_ids
-        if token in stops or (token in self._eos_token_ids and not request.sampling.ignore_eos):
+        if token in stops or (token in self._eos_token_ids and request.sampling.eos_ends):
             self._finish(request, "stop")
         elif len(request.tokens) >= self._limit(request):
             self._finish(request, "length")

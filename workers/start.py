@@ -12,6 +12,7 @@ from workers.config import EngineConfig
 from workers.cpu_threads import use_threads
 from workers.decode import DecodeWorker
 from workers.engine import Engine, Runs
+from workers.grammar import Grammars, load_compiler
 from workers.paged_cache import PagedCache
 from workers.prefill import PrefillWorker
 from workers.ranks.landings import Landings
@@ -84,6 +85,7 @@ def _make_engine(
         shard = load_shard(model, config, ops=ops)
         runner = shard.runner
     loaded = shard.model.config
+    compiler = load_compiler(model, vocab_size=loaded.vocab_size, eos_token_ids=loaded.eos_token_ids)
     engine = Engine(
         runner,
         num_pages=shard.num_pages,
@@ -91,6 +93,7 @@ def _make_engine(
         config=config,
         eos_token_ids=loaded.eos_token_ids,
         max_context=max_context(loaded, config, shard.num_pages),
+        grammars=Grammars(compiler),
     )
     on_gpu = config.device.startswith("cuda")
     _warm(engine, loaded.index_topk if on_gpu else 0)

@@ -99,8 +99,8 @@ class Worker:
     def _send(self, job: Job, update: Update) -> None:
         self._updates.append((job.owner, update))
 
-    def _fail(self, job: Job, reason: str, *, retry: bool) -> None:
-        self._send(job, Failed(job.request.id, reason, retry))
+    def _fail(self, job: Job, reason: str, *, retry: bool, grammar: bool = False) -> None:
+        self._send(job, Failed(job.request.id, reason, retry, grammar))
 
     def _run(self) -> None:
         if self.engine.config.threads is not None:
@@ -110,7 +110,11 @@ class Worker:
                 self._drain()
                 self.engine.check()
                 if self.engine.has_work():
-                    self._after_step(self.engine.step())
+                    output = self.engine.step()
+                    self._after_step(output)
+                    for request, reason in output.failed:
+                        self._fail(self.jobs[request.id], reason, retry=False, grammar=True)
+                        self.abort(request.id)
                 self._flush()
                 self.alive_at = time.monotonic()
         except (
