@@ -8,7 +8,7 @@ import logging
 import secrets
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
@@ -21,7 +21,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.activity import Ending
-from cluster.completion import Completion
+from cluster.answer import Answer
 from cluster.errors import ApiError, InvalidRequest
 from cluster.prices import dollars
 from cluster.tenants import Tenant
@@ -46,8 +46,7 @@ class Call:
     path: str
     client_id: str | None = None
     tenant: Tenant | None = None
-    completions: list[Completion] = field(default_factory=list)
-    events: AsyncGenerator[bytes, None] | None = None  # the answer, where it is streamed
+    answer: Answer | None = None
     status: int | None = None  # None: the client left before there was an answer
     error: str | None = None
     arrived_at: float = field(default_factory=time.time)
@@ -120,8 +119,8 @@ class AccessLog:
         try:
             await self._run(call, scope, receive, answer)
         finally:
-            if call.events is not None:
-                await call.events.aclose()  # so that a request whose client has left is settled now
+            if call.answer is not None:
+                await call.answer.close()  # a request whose client has left is settled now
             write(call)
 
     async def _run(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
@@ -152,15 +151,15 @@ def write(call: Call) -> None:
 
 
 def line_of(call: Call) -> Line:
-    tenant, endings = call.tenant, [c.ending for c in call.completions if c.ending is not None]
+    tenant, endings = call.tenant, call.answer.endings if call.answer else []
     phases = endings[0].phases if endings else None
     settlements = [ending.settlement for ending in endings]
     return Line(
         time=datetime.fromtimestamp(call.arrived_at, UTC).isoformat(timespec="milliseconds"),
         id=call.id,
         client_id=call.client_id,
-        tenant=tenant and tenant.name,
-        key_id=tenant and tenant.key_id,
+        tenant=tenant.name if tenant else None,
+        key_id=tenant.key_id if tenant else None,
         method=call.method,
         path=call.path[:MAX_PATH_CHARS],
         status=call.status,

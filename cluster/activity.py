@@ -69,5 +69,7 @@ class Activity:
 
 def workers_of(flight: Flight) -> list[str]:
     """Each once, in the order in which they were asked."""
-    chosen = (worker for attempt in flight.attempts for worker in (attempt.route.prefill, attempt.route.decode))
+    chosen = (
+        worker for attempt in flight.attempts for worker in (attempt.route.prefill, attempt.route.decode)
+    )
     return list(dict.fromkeys(chosen))

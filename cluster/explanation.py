@@ -5,6 +5,7 @@ Made from what the flight wrote down: nothing is computed for it, and routing is
 
 from msgspec import Struct
 
+from cluster.errors import InvalidRequest, echo
 from cluster.flight import Attempt, Flight
 from cluster.router import Score
 
@@ -66,6 +67,13 @@ class Routing(Struct, frozen=True, kw_only=True):
     index: int
     attempts: list[RoutingAttempt]
     phases: Phases
+
+
+def is_wanted(header: str | None) -> bool:
+    """Reads the header. Raises InvalidRequest."""
+    if header not in (None, "0", "1"):
+        raise InvalidRequest(f"{HEADER}: must be 0 or 1, not {echo(header)}", param=HEADER)
+    return header == "1"
 
 
 def explain(index: int, flight: Flight) -> Routing:
