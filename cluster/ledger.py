@@ -26,6 +26,7 @@ from cluster.ledger_tables import (
     REQUESTS,
     SETTLEMENTS,
     Database,
+    add_missing_columns,
     all_rows,
     find_openings,
     find_settled,
@@ -96,6 +97,7 @@ class Ledger:
         self._database.make_folder()
         with self._database.begin() as connection:
             METADATA.create_all(connection)
+            add_missing_columns(connection)
             if connection.execute(sa.select(HEAD)).first() is None:
                 connection.execute(HEAD.insert().values(seq=0, hash=GENESIS))
 
@@ -256,7 +258,8 @@ class _Audit:
 
 def show(url: str, *, tenant: str | None, last: int) -> Table:
     """The newest requests, oldest first. Raises LedgerUnavailable."""
-    query = sa.select(OPENINGS, *[c.label(f"settled_{c.name}") for c in SETTLEMENTS.c]).select_from(REQUESTS)
+    shown = [c for c in OPENINGS.c if c.name != "client_id"]
+    query = sa.select(*shown, *[c.label(f"settled_{c.name}") for c in SETTLEMENTS.c]).select_from(REQUESTS)
     if tenant is not None:
         query = query.where(OPENINGS.c.tenant == tenant)
     with Database(url).existing() as connection:

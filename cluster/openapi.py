@@ -4,6 +4,9 @@ from typing import Any
 
 import msgspec
 
+from cluster import access_log, console, explanation
+from cluster.console import ConsoleState
+from cluster.explanation import Routing
 from cluster.fleet import ClusterState
 from cluster.responses import ChatChoice, CompletionChoice, Debug, ModelList, Timing, Usage
 from cluster.schemas import (
@@ -28,9 +31,11 @@ _ANSWERS = (
     ModelList,
     Timing,
     Usage,
+    Routing,
     Tokenized,
     Detokenized,
     ClusterState,
+    ConsoleState,
 )
 _ERROR: Schema = {
     "type": "object",
@@ -100,6 +105,8 @@ def document(model: str, limits: Limits) -> Schema:
             },
             "/health": {"get": {"responses": {"200": {"description": "this process answers"}}}},
             "/metrics": {"get": {"responses": {"200": {"description": "in Prometheus' text format"}}}},
+            "/console/state": {"get": {"responses": _json("ConsoleState") | _refusals("401")}},
+            **{path: _page(media_type) for path, (_, media_type) in console.FILES.items()},
             "/openapi.json": {"get": {"responses": {"200": {"description": "this document"}}}},
         },
         "components": {
@@ -129,6 +136,7 @@ def _completion(kind: str, choice: str) -> Schema:
             "usage": _ref("Usage"),
             "timing": _ref("Timing"),
             "debug": _ref("Debug"),
+            "routing": {"type": "array", "items": _ref("Routing")},
         },
         "required": ["id", "object", "created", "model", "choices", "usage", "timing"],
     }
@@ -136,12 +144,23 @@ def _completion(kind: str, choice: str) -> Schema:
 
 def _post(request: str, answer: str, *, streams: bool = False) -> Schema:
     responses = _json(answer)
+    parameters = [_header(access_log.HEADER, {"type": "string", "pattern": "^[!-~]{1,128}$"})]
     if streams:
+        parameters.append(_header(explanation.HEADER, {"enum": ["0", "1"]}))
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return {
+        "parameters": parameters,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
         "responses": responses | _refusals(*_REFUSALS),
     }
+
+
+def _page(media_type: str) -> Schema:
+    return {"get": {"responses": {"200": {"description": "the console", "content": {media_type: {}}}}}}
+
+
+def _header(name: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "header", "schema": schema}
 
 
 def _json(name: str) -> Schema:
