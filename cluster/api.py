@@ -42,6 +42,7 @@ from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
+from cluster.usage import days_of, report
 from workers.page_hash import page_hashes
 from workers.request import Grammar
 
@@ -89,6 +90,7 @@ class Api:
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/usage", self.usage),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/openapi.json", self.openapi),
@@ -158,6 +160,13 @@ class Api:
             vocab_size=self._limits.vocab_size,
         )
         return _json(encode(ModelList(data=[card])))
+
+    async def usage(self, request: Request) -> Response:
+        """The calling key's own, nobody else's."""
+        tenant = self._tenants.of(request.headers.get("authorization"))
+        first, last = days_of(request.query_params)
+        days = await self._books.days(tenant.name, tenant.key_id, first, last)
+        return _json(encode(report(days, first, last)))
 
     async def tokenize(self, request: Request) -> Response:
         self._tenant(request)

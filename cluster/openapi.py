@@ -20,6 +20,7 @@ from cluster.schemas import (
     Limits,
 )
 from cluster.tokenization import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from cluster.usage import UsageReport
 
 Schema = dict[str, Any]
 VERSION = "1"  # of the API, as in its paths
@@ -36,7 +37,17 @@ _ANSWERS = (
     Detokenized,
     ClusterState,
     ConsoleState,
+    UsageReport,
 )
+_DAYS: list[Schema] = [
+    {
+        "name": name,
+        "in": "query",
+        "description": f"{name} of the days, UTC",
+        "schema": {"type": "string", "format": "date"},
+    }
+    for name in ("start", "end")
+]
 _ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -97,6 +108,12 @@ def document(model: str, limits: Limits) -> Schema:
         "paths": {
             "/v1/chat/completions": {"post": _post("ChatRequest", "ChatCompletion", streams=True)},
             "/v1/completions": {"post": _post("CompletionRequest", "TextCompletion", streams=True)},
+            "/v1/usage": {
+                "get": {
+                    "parameters": _DAYS,
+                    "responses": _json("UsageReport") | _refusals("400", "401", "503"),
+                }
+            },
             "/tokenize": {"post": _post("TokenizeRequest", "Tokenized")},
             "/detokenize": {"post": _post("DetokenizeRequest", "Detokenized")},
             "/v1/models": {"get": {"responses": _json("ModelList") | _refusals("401")}},

@@ -129,6 +129,31 @@ def test_an_answer_has_its_least_length(sdk: openai.OpenAI) -> None:
     assert longer.choices[0].text == free.choices[0].text
 
 
+def test_a_key_sees_what_it_used(gateway: Gateway) -> None:
+    def usage(**query: str) -> httpx.Response:
+        return httpx.get(f"{gateway.url}/v1/usage", params=query, timeout=10)
+
+    _post(gateway, "/v1/completions", prompt="Hello", max_tokens=1)
+    deadline = time.monotonic() + 10
+    while verify(gateway.ledger).unsettled and time.monotonic() < deadline:
+        time.sleep(0.05)  # a settlement follows its answer
+    before = usage().json()["total"]
+    body = {"prompt": "Hello", "max_tokens": 3, "n": 2, "ignore_eos": True}
+    used = _post(gateway, "/v1/completions", **body).json()["usage"]
+    while (after := usage().json())["total"]["completion_tokens"] < before["completion_tokens"] + 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    total = after["total"]
+    assert total["requests"] == before["requests"] + 1
+    assert total["cost_nanodollars"] == before["cost_nanodollars"] + used["cost_nanodollars"]
+    assert sum(day["completion_tokens"] for day in after["data"]) == total["completion_tokens"]
+    assert usage(start="2020-01-01", end="2020-02-01").json()["data"] == []
+    for query, param in (({"start": "today"}, "start"), ({"end": "2026-02-30"}, "end"), ({"day": "x"}, "day"),
+                         ({"start": "2026-02-01", "end": "2026-01-01"}, "start")):  # fmt: skip
+        refused = usage(**query)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 def test_the_ledger_has_every_choice_once(gateway: Gateway) -> None:
     deadline = time.monotonic() + 10
     while (report := verify(gateway.ledger)).unsettled and time.monotonic() < deadline:
