@@ -24,7 +24,9 @@ from cluster.chat_encoding import (
     ChatFormat,
     Message,
     Piece,
+    check_fields,
 )
+from cluster.errors import InvalidRequest
 from cluster.output import Delta, Output
 from cluster.tokenizer import Tokenizer
 from cluster.tools import Tool
@@ -136,7 +138,7 @@ CALLS = st.lists(
 
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("tokenizer_name", ["marked", "unmarked"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(TEXT, TEXT, CALLS, st.booleans(), st.data())
 def test_what_is_written_is_read(
     request: pytest.FixtureRequest,
@@ -251,3 +253,45 @@ def test_a_tokenizer_without_the_format_s_tokens(tmp_path: Path) -> None:
     assert ChatCodec(tokenizer, "v3.2")
     with pytest.raises(ValueError, match=f"v3.2-exp needs a token {CALL_SEPARATOR}"):
         ChatCodec(tokenizer, "v3.2-exp")
+
+
+ANY_MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.sampled_from(["system", "developer", "user", "user", "assistant", "tool"])},
+        optional={
+            "content": TEXT,
+            "reasoning_content": TEXT,
+            "prefix": st.booleans(),
+            "tool_call_id": st.sampled_from("ab"),
+            "tool_calls": st.lists(
+                st.builds(
+                    lambda id, arguments: {"id": id, "function": {"name": "f", "arguments": arguments}},
+                    st.sampled_from("ab"),
+                    st.sampled_from(["{}", '{"x": 1}', "[]", ""]),
+                ),
+                max_size=2,
+            ),
+        },
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@given(ANY_MESSAGES, st.booleans())
+def test_any_messages_are_written_or_refused(
+    marked: Tokenizer, name: ChatFormat, messages: list[dict[str, Any]], thinking: bool
+) -> None:
+    conversation = msgspec.convert(messages, list[Message])
+    refused = None
+    try:
+        check_fields(conversation)
+        prompt = ChatCodec(marked, name).encode(conversation, thinking=thinking)
+    except InvalidRequest as error:
+        refused = error
+    if refused is None:
+        assert prompt.tokens[0] == marked.bos_id
+        assert prompt.thinking == (prompt.tokens[-1] == marked.think_id)
+    else:
+        assert (refused.param or "").startswith("messages[")

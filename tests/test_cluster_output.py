@@ -4,8 +4,19 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
-from cluster.chat_encoding import EOS, THINK_END, Piece
+from cluster.chat_encoding import (
+    CALL_BEGIN,
+    CALL_END,
+    CALL_SEPARATOR,
+    CALLS_BEGIN,
+    CALLS_END,
+    EOS,
+    THINK_END,
+    Piece,
+)
 from cluster.output import Delta, Output
+from cluster.reply_parser import CallDelta
+from cluster.reply_parser_exp import ExpParser
 from cluster.tokenizer import Tokenizer
 from workers.tiny import build_tokenizer
 
@@ -23,7 +34,7 @@ def _ids(tokenizer: Tokenizer, *texts: str) -> list[int]:
 
 def _read(output: Output, frames: list[list[int]]) -> Delta:
     deltas = [*map(output.push, frames), output.finish()]
-    return Delta("".join(d.reasoning for d in deltas), "".join(d.content for d in deltas))
+    return Delta.joined(deltas)
 
 
 def test_reasoning_ends_at_its_token_not_at_its_text(tokenizer: Tokenizer) -> None:
@@ -58,6 +69,47 @@ def test_a_stop_string_counts_in_the_answer_only_and_ends_it(tokenizer: Tokenize
 def test_stop_token_ids_are_no_text(tokenizer: Tokenizer) -> None:
     ids = _ids(tokenizer, "a", "b")
     assert _read(Output(tokenizer, thinking=False, stop_token_ids=[ids[1]]), [ids]) == Delta("", "a")
+
+
+def test_a_parser_sees_tokens_and_not_their_names(tokenizer: Tokenizer) -> None:
+    """What a model writes as plain text is text, also where it looks like markup."""
+    markup = [CALLS_BEGIN, CALL_BEGIN, "f", CALL_SEPARATOR, "{}", CALL_END, CALLS_END]
+    names = [text for text in markup if text.startswith("<")]
+    ids = tokenizer.encode(Piece(text, text in names) for text in markup)
+    for tokens, expected in (
+        (ids, Delta("", "", (CallDelta(0, "id", "f", "{}"),))),
+        (_ids(tokenizer, "".join(markup)), Delta("", "".join(markup))),
+    ):
+        output = Output(tokenizer, thinking=False, parser=ExpParser(new_id=lambda: "id"))
+        assert _read(output, [[token] for token in tokens]) == expected
+        assert output.has_calls == bool(expected.calls)
+    assert _read(Output(tokenizer, thinking=False), [ids]) == Delta("", "".join(markup))
+
+
+def test_markup_within_the_reasoning_is_reasoning(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode([Piece(CALL_BEGIN, True), Piece(THINK_END, True), Piece("x", False)])
+    output = Output(tokenizer, thinking=True, parser=ExpParser())
+    assert _read(output, [ids]) == Delta(CALL_BEGIN, "x")
+
+
+def test_half_a_character_before_a_mark(tokenizer: Tokenizer) -> None:
+    first, *_ = _ids(tokenizer, "€")
+    ids = [first, *tokenizer.encode([Piece(CALLS_END, True), Piece("x", False)])]
+    output = Output(tokenizer, thinking=False, parser=ExpParser())
+    assert _read(output, [ids]) == Delta("", f"\N{REPLACEMENT CHARACTER}{CALLS_END}x")
+
+
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_stop_string_within_a_call_ends_the_reply_and_leaves_the_call_open(
+    tokenizer: Tokenizer, cut: bool
+) -> None:
+    ids = tokenizer.encode(
+        [Piece(CALL_BEGIN, True), Piece("f", False), Piece(CALL_SEPARATOR, True), Piece('{"a": 1}', False)]
+    )
+    output = Output(tokenizer, thinking=False, stop=[":"], parser=ExpParser(new_id=lambda: "id"))
+    deltas = [output.push(ids), output.finish(cut=cut)]
+    assert Delta.joined(deltas) == Delta("", "", (CallDelta(0, "id", "f", '{"a"'),))
+    assert output.stopped
 
 
 @given(st.data(), st.booleans(), st.lists(st.integers(0, 399), max_size=40))

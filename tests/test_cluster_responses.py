@@ -4,6 +4,7 @@ from typing import Any
 
 import openai
 import pytest
+from openai.lib.streaming.chat import ChatCompletionStreamState
 from openai.types import Completion, Model
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from stub_server import StubServer
@@ -11,6 +12,7 @@ from stub_server import StubServer
 from cluster.chat_encoding import Piece
 from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.output import Delta
+from cluster.reply_parser import CallDelta
 from cluster.responses import (
     DONE,
     ChatReply,
@@ -130,6 +132,53 @@ def test_a_streamed_chat_completion() -> None:
     assert last["usage"]["total_tokens"] == 210
     assert last["timing"]["first_token"] == 0.4
     assert "usage" not in _event(_chat().start())
+
+
+CALLS = (CallDelta(0, "call_a", "f", '{"x": '), CallDelta(1, "call_b", "g", "{}"))
+WHOLE_CALLS = [
+    {"id": "call_a", "type": "function", "function": {"name": "f", "arguments": '{"x": '}},
+    {"id": "call_b", "type": "function", "function": {"name": "g", "arguments": "{}"}},
+]
+
+
+def test_tool_calls() -> None:
+    body = _chat().whole([Whole(Delta("why", "", CALLS), "tool_calls")], USAGE, TIMING)
+    ChatCompletion.model_validate_json(body, strict=True)
+    choice = json.loads(body)["choices"][0]
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": None,
+        "reasoning_content": "why",
+        "tool_calls": WHOLE_CALLS,
+    }
+    spoken = json.loads(_chat().whole([Whole(Delta("", "Wait.", CALLS), "tool_calls")], USAGE, TIMING))
+    assert spoken["choices"][0]["message"]["content"] == "Wait."
+
+
+def test_streamed_tool_calls() -> None:
+    """As the SDK puts them together."""
+    more = Delta("", "", (CallDelta(0, arguments="1}"),))
+    events = [
+        _event(_chat().delta(Delta("", "", CALLS))),
+        _event(_chat().delta(more)),
+        _event(_chat().end("tool_calls")),
+    ]
+    deltas = [event["choices"][0]["delta"] for event in events]
+    assert deltas == [
+        {"tool_calls": [{"index": index, **call} for index, call in enumerate(WHOLE_CALLS)]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "1}"}}]},
+        {},
+    ]
+    state = ChatCompletionStreamState()
+    for event in events:
+        state.handle_chunk(ChatCompletionChunk.model_validate(event))
+    calls = state.get_final_completion().choices[0].message.tool_calls
+    assert calls is not None
+    assert [(call.id, call.function.name, call.function.arguments) for call in calls] == [
+        ("call_a", "f", '{"x": 1}'),
+        ("call_b", "g", "{}"),
+    ]
 
 
 def test_completions() -> None:

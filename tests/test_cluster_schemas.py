@@ -94,6 +94,32 @@ def test_neutral_and_ignored_fields_change_nothing() -> None:
     assert len(_chat(messages=[named, echoed, *HELLO]).messages) == 3
 
 
+CALL: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+def test_tools_and_their_choice() -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"x": 1}}}]
+    for choice in (None, "auto"):
+        request = _chat(tools=tools, tool_choice=choice)
+        assert [tool.name for tool in request.offered_tools] == ["f"]
+    assert _chat(tools=tools, tool_choice="none").offered_tools == []
+    assert _chat(tools=[], tool_choice="none") == _chat(tool_choice="none")
+
+
+def test_calls_and_results_in_a_history() -> None:
+    """Also as a client sends them that has put the deltas of a stream together."""
+    called = {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [CALL | {"index": 0}],
+        "function_call": None,
+    }
+    result = {"role": "tool", "tool_call_id": "1", "content": [{"type": "text", "text": "x"}], "name": "f"}
+    messages = _chat(messages=[*HELLO, called, result]).messages
+    assert messages[1].tool_calls[0].function.name == "f"
+    assert messages[2].text == "x"
+
+
 @pytest.mark.parametrize(
     ("fields", "expected"),
     [
@@ -205,6 +231,19 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "<= 20"),
     ({"top_logprobs": 3}, "top_logprobs", "logprobs is true"),
     ({"tools": [{}]}, "tools[0].type", "is required"),
+    ({"tools": [{"type": "custom", "function": {"name": "f"}}]}, "tools[0].type", "custom"),
+    ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools[0].function.name", "1 to 64 letters"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools[1].function.name", "there twice"),
+    ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
+     "tools[0].function.parameters", "must be an object"),
+    ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools", "length <= 128"),
+    ({"tool_choice": "f"}, "tool_choice", "f"),
+    ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.function.name", "none of the tools"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f"}}]}]},
+     "messages[1].tool_calls[0].function.arguments", "is required"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{**CALL, "x": 1}]}]},
+     "messages[1].tool_calls[0].x", "not a field"),
+    ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [5]}]}, "messages[1].tool_calls[0]", "Expected `object`"),
     ({"tool_choice": "required"}, "tool_choice", "only where there are tools"),
     ({"response_format": {"type": "grammar"}}, "response_format.type", "grammar"),
     ({"response_format": {"type": "json_schema"}}, "response_format.json_schema", "required"),

@@ -74,6 +74,16 @@ def test_a_truncated_file(capsys: pytest.CaptureFixture[str], copy: Path) -> Non
     assert shard.name in _refused(capsys, "--model", str(copy), "--port", "0")
 
 
+def test_an_unknown_chat_format(capsys: pytest.CaptureFixture[str], copy: Path) -> None:
+    path = copy / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": "<|im_start|>"}))
+    sentence = _refused(capsys, "--model", str(copy), "--port", "0")
+    assert "set chat_encoding to v3.2 or v3.2-exp" in sentence
+    (copy / "tokenizer.json").unlink()
+    sentence = _refused(capsys, "--model", str(copy), "--port", "0", "--set", "chat_encoding=v3.2")
+    assert "tokenizer.json" in sentence
+
+
 def test_a_missing_tensor(capsys: pytest.CaptureFixture[str], copy: Path) -> None:
     """Rewrites one name in a file's header, so that the file still reads but holds another tensor."""
     name, other = b"model.norm.weight", b"model.morn.weight"
