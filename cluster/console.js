@@ -24,8 +24,7 @@ const counted = (number, word) => `${count(number)} ${word}${number === 1 ? '' :
 function make(name, attributes = {}, ...children) {
   const element = document.createElement(name);
   for (const [key, value] of Object.entries(attributes)) {
-    if (key === 'width') element.style.width = value;
-    else if (key.startsWith('on')) element.addEventListener(key.slice(2), value);
+    if (key.startsWith('on')) element.addEventListener(key.slice(2), value);
     else if (value !== null) element.setAttribute(key, value);
   }
   element.append(...children.filter((child) => child !== null));
@@ -109,17 +108,13 @@ class ReplyView {
   progress({ total, cache, processed }) {
     if (!this.reading) {
       this.readingNote = make('p', { class: 'note' });
-      this.readingBar = make('i', { class: 'read' });
-      this.cachedBar = make('i', { class: 'hit' });
       this.meter = make('div', { class: 'meter', role: 'progressbar', 'aria-label': 'Reading the prompt', 'aria-valuemin': '0' });
-      this.meter.append(this.cachedBar, this.readingBar);
       this.reading = make('div', { class: 'reading' }, this.readingNote, this.meter);
       this.answer.before(this.reading);
     }
     this.meter.setAttribute('aria-valuemax', total);
     this.meter.setAttribute('aria-valuenow', processed);
-    this.cachedBar.style.width = `${(100 * cache) / total}%`;
-    this.readingBar.style.width = `${(100 * (processed - cache)) / total}%`;
+    showShares(this.meter, [['hit', cache / total], ['read', (processed - cache) / total]]);
     setText(this.readingNote, `Read ${count(processed)} of ${count(total)} prompt tokens, ${count(cache)} of them from the cache`);
   }
 
@@ -169,8 +164,9 @@ class ReplyView {
     const { prompt_cache_hit_tokens: hit, prompt_cache_miss_tokens: miss, prompt_tokens: prompt } = usage;
     const entry = (term, value, name = null) => make('div', { class: name }, make('dt', {}, term), make('dd', {}, value));
     const first = this.firstTokenAt === null ? null : (this.firstTokenAt - this.startedAt) / 1000;
-    const hits = make('i', { class: 'hit', width: `${(100 * hit) / prompt}%` });
-    const misses = make('i', { class: 'miss', width: `${(100 * miss) / prompt}%` });
+    const fromCache = `${Math.round((100 * hit) / prompt)} % of the prompt came from the cache`;
+    const meter = make('div', { class: 'meter', role: 'img', 'aria-label': fromCache });
+    showShares(meter, [['hit', hit / prompt], ['miss', miss / prompt]]);
     return [
       make('dl', { class: 'bill' },
         first === null ? null : entry('First token', seconds(first)),
@@ -179,7 +175,7 @@ class ReplyView {
         entry('Answer', counted(usage.completion_tokens, 'token')),
         entry('Cost', dollars(usage.cost)),
       ),
-      make('div', { class: 'meter', role: 'img', 'aria-label': `${Math.round((100 * hit) / prompt)} % of the prompt came from the cache` }, hits, misses),
+      meter,
     ];
   }
 
@@ -262,13 +258,14 @@ class Chat {
     this.setRunning(new AbortController());
     announce('The reply is coming.');
     asked.scrollIntoView({ block: 'start' });
+    const { turns } = this; // of this conversation: a new one may begin meanwhile
     const end = {};
     try {
       await this.read(reply, end);
-      this.close(reply, end);
+      this.close(turns, reply, end);
     } catch (error) {
-      if (error.name === 'AbortError') this.close(reply, { ...end, stopped: true });
-      else this.giveUp(asked, reply, question, error);
+      if (error.name === 'AbortError') this.close(turns, reply, { ...end, stopped: true });
+      else this.giveUp(turns, asked, reply, question, error);
     }
     this.setRunning(null);
     follow(true);
@@ -300,16 +297,16 @@ class Chat {
     }
   }
 
-  close(reply, end) {
+  close(turns, reply, end) {
     reply.end(end);
-    if (reply.text) this.turns.push({ role: 'assistant', content: reply.text });
-    else this.turns.pop();
+    if (reply.text) turns.push({ role: 'assistant', content: reply.text });
+    else turns.pop();
     announce(end.stopped ? 'The reply was stopped.' : `The reply: ${reply.text || 'no text'}`);
   }
 
   /** The question is no part of the conversation then; it can be asked again. */
-  giveUp(asked, reply, question, error) {
-    this.turns.pop();
+  giveUp(turns, asked, reply, question, error) {
+    turns.pop();
     const failure = error instanceof Failure ? error : new Failure('The gateway cannot be reached, or the connection was lost.');
     reply.fail(failure, () => {
       if (this.running) return;
@@ -447,8 +444,9 @@ function showRows(body, items, key, fill) {
   if (rows.length !== body.rows.length || rows.some((row, index) => row !== body.rows[index])) body.replaceChildren(...rows);
 }
 
-/** Gives `parent` one <i> for each [class, share], and changes only what has changed. */
-function showShares(parent, shares) {
+/** Gives `parent` one <i> for each [class, share] that is there, and changes only what has changed. */
+function showShares(parent, all) {
+  const shares = all.filter(([, share]) => share > 0);
   shares.forEach(([name, share], index) => {
     const part = parent.children[index] ?? parent.appendChild(make('i'));
     part.className = name;
@@ -489,7 +487,7 @@ function fillWorker(row, worker) {
   setText(queued, count(worker.queued_tokens));
   const { held_pages: held, cached_pages: cached, free_pages: free } = worker;
   const all = held + cached + free || 1;
-  showShares(pages.firstChild, [['held', held / all], ['cached', cached / all]].filter(([, share]) => share > 0));
+  showShares(pages.firstChild, [['held', held / all], ['cached', cached / all]]);
   pages.firstChild.setAttribute('aria-label', `${count(held)} pages held, ${count(cached)} cached, ${count(free)} free`);
   setText(pages.lastChild, `${count(held)} held, ${count(cached)} cached, ${count(free)} free`);
 }

@@ -69,6 +69,7 @@ def running_gateway(
     thread = threading.Thread(
         target=lambda: cluster.run(
             lambda pilot, fleet: _serve(
+                cluster,
                 model,
                 ledger,
                 config or ClusterConfig(),
@@ -92,7 +93,18 @@ def running_gateway(
         cluster.stop()
 
 
+async def _report_pages(cluster: Cluster) -> None:
+    """What the workers tell the controller, and the controller the gateways."""
+    while True:
+        for running in cluster.all:
+            worker = running.worker
+            events = await asyncio.wrap_future(worker.ask(worker.engine.pools.drain_events))
+            cluster.directory.apply(worker.id, worker.epoch, *events)
+        await asyncio.sleep(0.05)
+
+
 async def _serve(
+    cluster: Cluster,
     model: Path,
     ledger: str,
     config: ClusterConfig,
@@ -106,7 +118,7 @@ async def _serve(
 ) -> None:
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
-    settling = asyncio.create_task(books.settle_forever())
+    tasks = [asyncio.create_task(books.settle_forever()), asyncio.create_task(_report_pages(cluster))]
     tokenizer = Tokenizer(model)
     codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
     api = Api(
@@ -131,5 +143,6 @@ async def _serve(
     await asyncio.to_thread(stop.wait)
     server.should_exit = True
     await serving
-    settling.cancel()
+    for task in tasks:
+        task.cancel()
     await controller.close()
