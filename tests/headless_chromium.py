@@ -18,9 +18,7 @@ from PIL import Image
 from websockets.sync.client import ClientConnection, connect
 
 EXECUTABLE = shutil.which("chromium")
-MISSING = (
-    "CHROMIUM IS MISSING, so the console was not tested: apt-get install chromium. .ci/run installs it and does not skip."
-)
+MISSING = "CHROMIUM IS MISSING, so the console was not tested: apt-get install chromium. .ci/run installs it and does not skip."
 ARGUMENTS = (
     "--headless=new",
     "--no-sandbox",  # tests may run as root, in containers
@@ -86,7 +84,9 @@ class Page:
         self.wait("document.readyState === 'complete'")
 
     def evaluate(self, expression: str) -> Any:
-        answer = self.command("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        answer = self.command(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True
+        )
         assert "exceptionDetails" not in answer, answer
         return answer["result"].get("value")
 
