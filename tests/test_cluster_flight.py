@@ -15,6 +15,7 @@ import torch
 from in_process_cluster import CONFIG, Cluster, alone, collect
 from oracle import Oracle
 
+from cluster.explanation import explain
 from cluster.fleet import Fleet
 from cluster.flight import Flight, Pilot, Reading, Step
 from kernels.rows import Rows
@@ -126,6 +127,19 @@ def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
             assert processed[-1] == len(flight.prompt)
             counted = {sum(counts) for counts in flight.selected_pages}
             assert counted == {39 * 64} if not flight.restarts else max(counted, default=0) <= 39 * 64
+            assert len({attempt.id for attempt in flight.attempts}) == 1 + flight.restarts
+            explained = explain(0, flight)
+            *failed, last = explained.attempts
+            assert last.failure is None
+            assert len(failed) == flight.restarts
+            for attempt in explained.attempts:
+                assert (attempt.prefill, attempt.decode) == (
+                    attempt.alternatives[0].prefill,
+                    attempt.alternatives[0].decode,
+                )
+            for attempt in failed:
+                assert attempt.failure
+            assert 0 < explained.phases.first_token < explained.phases.total
     finally:
         cluster.stop()
 

@@ -129,6 +129,29 @@ def test_the_same_opening_again_is_taken_for_the_first(url: str) -> None:
     assert verify(url).records == 1
 
 
+def test_a_clients_own_id_is_part_of_the_record(url: str) -> None:
+    write(url, opening("a"), opening("b", client_id="order-17"))
+    ledger = Ledger(url)
+    assert [ledger.find(request_id) for request_id in "ab"] == [
+        opening("a"),
+        opening("b", client_id="order-17"),
+    ]
+    ledger.close()
+    assert verify(url).bad is None
+    tamper(url, "UPDATE openings SET client_id = 'order-18' WHERE request_id = 'b'")
+    assert "request b: the hash does not match" in str(verify(url).bad)
+
+
+def test_a_ledger_from_before_clients_ids_is_read_and_gone_on_with(url: str) -> None:
+    write(url, opening("a"), settlement("a"))
+    tamper(url, "ALTER TABLE openings DROP COLUMN client_id")
+    before = verify(url)
+    assert (before.bad, before.records) == (None, 2)
+    write(url, opening("b", client_id="order-17"))
+    after = verify(url)
+    assert (after.bad, after.records) == (None, 3)
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [

@@ -1,0 +1,248 @@
+"""The console in a real browser: a chat by keyboard, the live picture, and pictures of both.
+
+    LIGHTSHIP_PICTURES=docs/images .venv/bin/python -m pytest tests/test_console_page.py
+
+also draws the README's two pictures there, of a cluster that is busy. They are made with Debian's packages chromium and fonts-inter.
+"""
+
+import hashlib
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from headless_chromium import EXECUTABLE, MISSING, Page, opened_page
+from in_process_gateway import Gateway, running_gateway
+
+from cluster.config import ClusterConfig, TenantConfig
+from demo.quiz import CHECKPOINT
+from workers.config import EngineConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES = os.environ.get("LIGHTSHIP_PICTURES")
+MAX_PICTURE_BYTES = 200_000
+ENGINE = EngineConfig(max_batched_tokens=256, cache_bytes=12 * 2**20, max_context=4096, threads=1)
+KEY = "key-of-acme"
+WIDTH, HEIGHT = 1440, 900
+DESKTOP = {"width": WIDTH, "height": HEIGHT}
+
+pytestmark = pytest.mark.skipif(EXECUTABLE is None and not os.environ.get("CI"), reason=MISSING)
+
+
+def _document() -> str:
+    """The first part of the demo's specification: facts that its model finds."""
+    text = (ROOT / "demo" / "spec.txt").read_text()
+    return text[: text.index("##", 2000)]
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    folder = tmp_path_factory.mktemp("gateway")
+    with running_gateway(CHECKPOINT, folder, engine=ENGINE, each=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """Without a worker, and with a tenant."""
+    folder = tmp_path_factory.mktemp("guarded")
+    tenant = TenantConfig(name="acme", keys=[hashlib.sha256(KEY.encode()).hexdigest()])
+    with running_gateway(CHECKPOINT, folder, ClusterConfig(tenants=[tenant]), ENGINE, each=0) as running:
+        yield running
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Iterator[Page]:
+    with opened_page(tmp_path / "browser") as opened:
+        opened.look(**DESKTOP)
+        yield opened
+
+
+def _ask(page: Page, question: str, replies: int) -> None:
+    """By keyboard; returns once there are so many whole replies."""
+    page.tab_to("#prompt")
+    page.type(question)
+    page.press("Enter")
+    page.wait(f"document.querySelectorAll('.bill').length === {replies}")
+
+
+def _check(page: Page, gateway: Gateway) -> None:
+    assert page.complaints() == []
+    assert all(url.startswith((gateway.url, "data:image/svg+xml,")) for url in page.requested())
+    width = page.evaluate("document.documentElement.scrollWidth - innerWidth")
+    assert width <= 0, "the page scrolls sideways"
+
+
+def test_a_conversation_by_keyboard(page: Page, gateway: Gateway, tmp_path: Path) -> None:
+    page.open(gateway.url)
+    page.wait("document.activeElement.id === 'prompt'")
+    page.wait("document.querySelector('#readiness').innerText === 'Ready'")
+    page.tab_to("#settings summary")
+    page.press("Enter")
+    page.tab_to("#system")
+    page.type(_document())
+    page.tab_to("#temperature")
+    page.type("0")
+    page.tab_to("#prompt")
+    # Every text that the answer had on its way.
+    page.evaluate("""window.seen = new Set();
+        new MutationObserver(() => seen.add(document.querySelector('.answer > .text')?.innerText ?? ''))
+            .observe(document.querySelector('#thread'), {childList: true, subtree: true, characterData: true})""")
+    page.evaluate("""window.bars = 0;
+        new MutationObserver(() => { bars += document.querySelectorAll('[role=progressbar]').length })
+            .observe(document.querySelector('#thread'), {childList: true, subtree: true})""")
+    _ask(page, "What is the level of Linen Ibis?", 1)
+    assert page.text(".answer > .text") == "The level of Linen Ibis is 2085."
+    assert page.evaluate("[...seen].filter((text) => text && text.length < 30).length") > 3, (
+        "it did not stream"
+    )
+    assert page.evaluate("bars") > 0
+    assert "Cache hit\n0 tokens" in page.text(".bill")
+
+    _ask(page, "What is the size of Indigo Adder?", 2)
+    second = page.evaluate("[...document.querySelectorAll('.answer')].at(-1).innerText")
+    assert second.startswith("The size of Indigo Adder is 666.")
+    (newest, *_) = httpx.get(f"{gateway.url}/console/state", timeout=10).json()["requests"]
+    assert newest["hit_tokens"] > 512
+    assert f"Cache hit\n{newest['hit_tokens']} tokens" in second
+    assert f"${newest['cost'].rstrip('0')}" in second
+    page.wait("document.querySelectorAll('#requests tr').length === 2")
+    page.wait("document.querySelector('#rate').innerText === '0'")  # nothing moves: the pictures agree
+    row = page.text("#requests tr")
+    assert newest["id"].removeprefix("chatcmpl-")[:8] in row
+    assert f"{newest['hit_tokens']} of {newest['prompt_tokens']}" in row
+    bars = page.evaluate(
+        "[...document.querySelectorAll('#requests tr')].map((r) => r.querySelector('.track').children.length)"
+    )
+    assert bars == [4, 4], "queue, prefill, ship and decode"
+    assert page.text("#prefill tr .state") == "2 of 2 pairs proven"
+    assert page.evaluate("document.querySelectorAll('.workers tbody tr').length") == 4
+    assert " cached, " in page.text("#decode tr")
+    assert page.evaluate("document.querySelector('#hit-rate').innerText").endswith(" %")
+
+    page.tab_to(".answer:last-of-type .route summary")
+    page.press("Enter")
+    assert (
+        page.evaluate("[...document.querySelectorAll('.route')].at(-1).querySelectorAll('tbody tr').length")
+        == 4
+    )
+    assert "the best of 4 pairs" in second
+    for name, look in (
+        ("light", DESKTOP),
+        ("dark", DESKTOP | {"dark": True}),
+        ("phone", {"width": 360, "height": 740}),
+    ):
+        page.look(**look)  # type: ignore[arg-type]
+        page.picture(tmp_path / f"{name}.png")
+        assert (tmp_path / f"{name}.png").stat().st_size > 20_000
+        _check(page, gateway)
+    colours = "[document.body, document.querySelector('.chat')].map((e) => getComputedStyle(e).backgroundColor).join()"
+    page.look(**DESKTOP)
+    light = page.evaluate(colours)
+    page.tab_to("#theme")
+    page.press("Enter")
+    assert page.evaluate(colours) != light
+    assert page.evaluate("document.activeElement.ariaLabel") == "Use light colours"
+
+
+def test_thinking_is_shown_apart_and_a_reply_can_be_stopped(page: Page, gateway: Gateway) -> None:
+    page.open(gateway.url)
+    page.tab_to("#settings summary")
+    page.press("Enter")
+    page.tab_to("#max-tokens")
+    page.type("6")
+    page.tab_to("#thinking")
+    page.press(" ")
+    _ask(page, "<img src=x onerror=alert(1)>", 1)
+    assert page.text(".question") == "<img src=x onerror=alert(1)>"
+    assert page.evaluate("document.querySelectorAll('.thread img').length") == 0
+    assert page.text(".thinking summary").startswith("Thought for ")
+    assert page.evaluate("document.querySelector('.thinking .text').textContent.length") > 0
+    assert page.text(".answer > .text") == ""
+    assert "The answer reached its longest length." in page.text(".answer")
+
+    page.evaluate("document.querySelector('#max-tokens').value = ''")
+    page.tab_to("#prompt")
+    page.type("one line")
+    page.press("Enter", shift=True)
+    page.type("and another")
+    page.press("Enter")
+    page.wait("document.querySelectorAll('.thinking').length === 2")
+    assert page.evaluate("document.querySelector('#send').hidden")
+    page.press("Escape")
+    page.wait("!document.querySelector('#send').hidden")
+    assert "You stopped this reply." in page.evaluate(
+        "[...document.querySelectorAll('.answer')].at(-1).innerText"
+    )
+    page.wait("[...document.querySelectorAll('.outcome')].some((e) => e.innerText === 'cancelled')")
+    assert "one line\nand another" in page.text(".question:nth-of-type(3)")
+
+    page.tab_to("#new-chat")
+    page.press("Enter")
+    assert page.evaluate("document.querySelectorAll('.message').length") == 0
+    assert page.evaluate("document.activeElement.id") == "prompt"
+    _check(page, gateway)
+
+
+def test_errors_are_sentences_and_a_key_stays_in_its_tab(page: Page, guarded: Gateway) -> None:
+    page.open(guarded.url)
+    page.wait("document.querySelector('#trouble').innerText.includes('No API key')")
+    assert page.evaluate("document.querySelector('#key').ariaInvalid") == "true"
+    page.tab_to("#prompt")
+    page.type("hello")
+    page.press("Enter")
+    page.wait("document.querySelector('.error')")
+    assert "No API key: send" in page.text(".error p")
+    assert page.text(".error code").startswith("chatcmpl-")
+    page.tab_to("#key")
+    page.type(KEY)
+    page.press("Tab")
+    page.wait("document.querySelector('#trouble').hidden")
+    page.wait("document.querySelector('#model').innerText.startsWith('lightship')")
+    assert page.text("#readiness") == "Waiting for a prefill and a decode worker"
+    assert page.text("#no-workers").startswith("No worker has joined yet.")
+    assert page.evaluate("JSON.stringify([{...localStorage}, {...sessionStorage}])") == (
+        f'[{{}},{{"lightship.key":"{KEY}"}}]'
+    )
+    assert page.evaluate("document.cookie") == ""
+    refused = "Failed to load resource: the server responded with a status of 401"
+    assert [complaint for complaint in page.complaints() if not complaint.startswith(refused)] == []
+
+
+@pytest.mark.skipif(PICTURES is None, reason="LIGHTSHIP_PICTURES names no folder for the README's pictures")
+def test_the_pictures_of_the_readme(page: Page, gateway: Gateway) -> None:
+    page.open(gateway.url)
+    page.evaluate(f"document.querySelector('#system').value = {_document()!r}")
+    page.evaluate("document.querySelector('#temperature').value = '0'")
+    for number, question in enumerate(
+        ("What is the level of Linen Ibis?", "What is the size of Indigo Adder?")
+    ):
+        _ask(page, question, number + 1)
+    page.evaluate("[...document.querySelectorAll('.route')].at(-1).open = true")
+    threads = [threading.Thread(target=_work, args=(gateway, number)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    page.wait(
+        "[...document.querySelectorAll('.outcome')].filter((e) => e.innerText === 'writing').length >= 3"
+    )
+    page.wait("Number(document.querySelector('#rate').innerText) > 5")
+    folder = ROOT / str(PICTURES)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, dark in (("light", False), ("dark", True)):
+        page.look(**DESKTOP, dark=dark)
+        path = folder / f"console-{name}.png"
+        page.picture(path)
+        assert path.stat().st_size < MAX_PICTURE_BYTES
+    for thread in threads:
+        thread.join()
+
+
+def _work(gateway: Gateway, number: int) -> None:
+    """A request as from elsewhere: a part of the document again, then something of its own."""
+    prompt = _document()[: 900 * (number + 1)] + f" Of {number}:"
+    body: dict[str, Any] = {"model": "lightship", "prompt": prompt, "max_tokens": 120, "ignore_eos": True}
+    answer = httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=120)
+    assert answer.status_code == 200
