@@ -150,6 +150,7 @@ class Page:
 def opened_page(folder: Path) -> Iterator[Page]:
     """A page of a browser of its own, until the block ends. `folder` gets the browser's files."""
     assert EXECUTABLE is not None, MISSING
+    folder.mkdir(exist_ok=True)
     fonts = folder / "fonts.conf"
     fonts.write_text(FONTS)
     browser = subprocess.Popen(
