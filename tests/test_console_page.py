@@ -1,8 +1,8 @@
 """The console in a real browser: a chat by keyboard, the live picture, and pictures of both.
 
-    LIGHTSHIP_PICTURES=docs/images .venv/bin/python -m pytest tests/test_console_page.py
+    LIGHTSHIP_PICTURES=docs/images .venv/bin/python -m pytest tests/test_console_page.py -k readme
 
-also draws the README's two pictures there, of a cluster that is busy. They are made with Debian's packages chromium and fonts-inter.
+draws the README's two pictures, of a cluster that is busy, with Debian's packages chromium and fonts-inter.
 """
 
 import hashlib
@@ -20,6 +20,7 @@ from in_process_gateway import Gateway, running_gateway
 from cluster.config import ClusterConfig, TenantConfig
 from demo.quiz import CHECKPOINT
 from workers.config import EngineConfig
+from workers.tiny import write_tiny
 
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = os.environ.get("LIGHTSHIP_PICTURES")
@@ -42,6 +43,15 @@ def _document() -> str:
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
     with running_gateway(CHECKPOINT, folder, engine=ENGINE, each=2) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def talkative(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
+    """With a model of random weights, which hardly ever ends its answer."""
+    folder = tmp_path_factory.mktemp("talkative")
+    write_tiny(folder / "model")
+    with running_gateway(folder / "model", folder) as running:
         yield running
 
 
@@ -148,12 +158,12 @@ def test_a_conversation_by_keyboard(page: Page, gateway: Gateway, tmp_path: Path
     assert page.evaluate("document.activeElement.ariaLabel") == "Use light colours"
 
 
-def test_thinking_is_shown_apart_and_a_reply_can_be_stopped(page: Page, gateway: Gateway) -> None:
-    page.open(gateway.url)
+def test_thinking_is_shown_apart_and_a_reply_can_be_stopped(page: Page, talkative: Gateway) -> None:
+    page.open(talkative.url)
     page.tab_to("#settings summary")
     page.press("Enter")
     page.tab_to("#max-tokens")
-    page.type("6")
+    page.type("4")
     page.tab_to("#thinking")
     page.press(" ")
     _ask(page, "<img src=x onerror=alert(1)>", 1)
@@ -184,7 +194,7 @@ def test_thinking_is_shown_apart_and_a_reply_can_be_stopped(page: Page, gateway:
     page.press("Enter")
     assert page.evaluate("document.querySelectorAll('.message').length") == 0
     assert page.evaluate("document.activeElement.id") == "prompt"
-    _check(page, gateway)
+    _check(page, talkative)
 
 
 def test_errors_are_sentences_and_a_key_stays_in_its_tab(page: Page, guarded: Gateway) -> None:
