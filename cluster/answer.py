@@ -9,10 +9,12 @@ import contextlib
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
+from cluster.activity import Ending
 from cluster.completion import Completion, Part
 from cluster.errors import ApiError
+from cluster.explanation import Routing, explain
 from cluster.logprobs import ChatLogprobs, ChatLogprobsWriter, CompletionLogprobs, CompletionLogprobsWriter
 from cluster.output import Delta
 from cluster.responses import DONE, PromptProgress, Reply, Usage, Whole, sse
@@ -51,18 +53,32 @@ class Choice:
 
 
 class Answer:
-    """Call `begin`, then either `body` or `events`."""
+    """Call `begin`, then either `body` or `events`, and `close` in the end."""
 
-    def __init__(self, reply: Reply, choices: Sequence[Choice], *, include_usage: bool) -> None:
+    def __init__(
+        self,
+        reply: Reply,
+        choices: Sequence[Choice],
+        *,
+        include_usage: bool,
+        explains_routing: bool = False,
+    ) -> None:
         self._reply = reply
         self._choices = choices
         self._include_usage = include_usage
+        self._explains_routing = explains_routing
         self._merged = self._merge()
         self._first: Event | None = None
 
     @property
-    def id(self) -> str:
-        return self._reply.id
+    def endings(self) -> list[Ending]:
+        """Of the choices that have begun and ended."""
+        endings = (choice.completion.ending for choice in self._choices)
+        return [ending for ending in endings if ending is not None]
+
+    async def close(self) -> None:
+        """Ends what still runs: the client has left."""
+        await self._merged.aclose()
 
     async def begin(self) -> None:
         """Returns with the first event, so that an error before it gets its own status. Raises ApiError."""
@@ -78,7 +94,7 @@ class Answer:
                     parts[index].append(part)
         wholes = [choice.whole(Part.joined(mine)) for choice, mine in zip(self._choices, parts, strict=True)]
         lead = self._choices[0].completion
-        return self._reply.whole(wholes, self._usage, lead.timing, lead.debug)
+        return self._reply.whole(wholes, self._usage, lead.timing, lead.debug, self._routing)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events. An error in mid-stream is an event of its own, and no [DONE] follows."""
@@ -96,12 +112,20 @@ class Answer:
                 yield sse(error.body())
                 return
         if self._include_usage:
-            yield reply.usage(self._usage, lead.timing, lead.debug)
+            yield reply.usage(self._usage, lead.timing, lead.debug, self._routing)
+        elif self._routing is not UNSET:
+            yield reply.routing(self._routing)
         yield DONE
 
     @property
     def _usage(self) -> Usage:
         return Usage.total([choice.completion.usage for choice in self._choices])
+
+    @property
+    def _routing(self) -> list[Routing] | UnsetType:
+        if not self._explains_routing:
+            return UNSET
+        return [explain(index, choice.completion.flight) for index, choice in enumerate(self._choices)]
 
     def _event(self, index: int, part: Part | PromptProgress | None) -> bytes:
         choice = self._choices[index]

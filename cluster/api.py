@@ -1,9 +1,7 @@
 """The HTTP routes, OpenAI-compatible. Reads and writes bodies; what happens in between is `cluster.completion`."""
 
 import logging
-import secrets
 import time
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -12,12 +10,17 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
+from cluster import console, explanation
+from cluster.access_log import AccessLog, Call
+from cluster.activity import Activity
 from cluster.answer import Answer, Choice
 from cluster.billing import Books
 from cluster.chat_codec import ChatCodec
 from cluster.completion import Completion
 from cluster.config import ClusterConfig
+from cluster.console import Console
 from cluster.errors import (
     ApiError,
     MethodNotAllowed,
@@ -27,18 +30,19 @@ from cluster.errors import (
     UnknownPath,
     UnsupportedMedia,
 )
-from cluster.fleet import ClusterState
+from cluster.fleet import Fleet
 from cluster.flight import Flight, Pilot
 from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
 from cluster.openapi import document
 from cluster.output import Output
-from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, encode
+from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, Reply, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
 from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
+from cluster.usage import days_of, report
 from workers.page_hash import page_hashes
 from workers.request import Grammar
 
@@ -46,6 +50,7 @@ log = logging.getLogger(__name__)
 
 
 STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+NOT_KEPT = {"cache-control": "no-store"}
 
 
 class Api:
@@ -62,7 +67,7 @@ class Api:
         pilot: Pilot,
         books: Books,
         metrics: Metrics,
-        state: Callable[[], ClusterState],
+        fleet: Fleet,
     ) -> None:
         self._config = config
         self._limits = limits
@@ -73,23 +78,34 @@ class Api:
         self._pilot = pilot
         self._books = books
         self._metrics = metrics
-        self._state = state
+        self._fleet = fleet
+        self._activity = Activity()
+        self._console = Console(fleet, pilot, self._activity)
+        self._page = console.files()
         self._started = int(time.time())
 
-    def app(self) -> Starlette:
-        routes = [
+    @property
+    def routes(self) -> list[Route]:
+        return [
             Route("/v1/chat/completions", self.chat, methods=["POST"]),
             Route("/v1/completions", self.complete, methods=["POST"]),
             Route("/v1/models", self.models),
+            Route("/v1/usage", self.usage),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
             Route("/openapi.json", self.openapi),
             Route("/health", self.health),
             Route("/ready", self.ready),
             Route("/metrics", self.metrics),
+            Route("/console/state", self.console_state),
+            *(Route(path, self.page) for path in self._page),
         ]
+
+    def app(self, *, echoes_id: bool = True) -> ASGIApp:
+        """echoes_id False: a proxy in front puts x-request-id on every answer."""
         handlers = {ApiError: self._api_error, HTTPException: self._http_error, Exception: self._fault}
-        return Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
+        app = Starlette(routes=self.routes, exception_handlers=handlers)  # type: ignore[arg-type]
+        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id)
 
     async def chat(self, request: Request) -> Response:
         tenant = self._admit(request)
@@ -101,7 +117,7 @@ class Api:
             tools=tools,
             response_format=wanted.response_format,
         )
-        reply = ChatReply(**self._identity("chatcmpl", wanted))
+        reply = ChatReply(**self._identity(request, wanted))
         grammar = await self._structured.grammar(
             thinking=prompt.thinking,
             tools=tools,
@@ -110,7 +126,7 @@ class Api:
             response_format=wanted.response_format,
         )
         choices = self._choices(
-            reply.id,
+            Call.of(request),
             tenant,
             wanted,
             [prompt.tokens],
@@ -118,7 +134,7 @@ class Api:
             may_call=bool(tools),
             grammar=grammar,
         )
-        return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
+        return await self._answer(request, wanted, reply, choices)
 
     async def complete(self, request: Request) -> Response:
         tenant = self._admit(request)
@@ -127,16 +143,16 @@ class Api:
             self._tokenizer.encode_prompt(prompt) if isinstance(prompt, str) else list(prompt)
             for prompt in wanted.prompt
         ]
-        reply = CompletionReply(**self._identity("cmpl", wanted))
-        choices = self._choices(reply.id, tenant, wanted, prompts)
+        reply = CompletionReply(**self._identity(request, wanted))
+        choices = self._choices(Call.of(request), tenant, wanted, prompts)
         if wanted.echo:
             for index, choice in enumerate(choices):
                 prompt = wanted.prompt[index // wanted.n]
                 choice.echo = prompt if isinstance(prompt, str) else self._tokenizer.text(prompt)
-        return await self._answer(wanted, Answer(reply, choices, include_usage=wanted.include_usage))
+        return await self._answer(request, wanted, reply, choices)
 
     async def models(self, request: Request) -> Response:
-        self._tenants.of(request.headers.get("authorization"))
+        self._tenant(request)
         card = ModelCard(
             id=self._config.served_model_name,
             created=self._started,
@@ -145,14 +161,21 @@ class Api:
         )
         return _json(encode(ModelList(data=[card])))
 
+    async def usage(self, request: Request) -> Response:
+        """The calling key's own, nobody else's."""
+        tenant = self._tenants.of(request.headers.get("authorization"))
+        first, last = days_of(request.query_params)
+        days = await self._books.days(tenant.name, tenant.key_id, first, last)
+        return _json(encode(report(days, first, last)))
+
     async def tokenize(self, request: Request) -> Response:
-        self._tenants.of(request.headers.get("authorization"))
+        self._tenant(request)
         wanted = parse_tokenize(await self._body(request))
         self._check_model(wanted.model)
         return _json(encode(tokenize(wanted, self._tokenizer, self._codec, self._limits.max_context)))
 
     async def detokenize(self, request: Request) -> Response:
-        self._tenants.of(request.headers.get("authorization"))
+        self._tenant(request)
         wanted = parse_detokenize(await self._body(request), self._limits.vocab_size)
         self._check_model(wanted.model)
         return _json(encode(Detokenized(prompt=self._tokenizer.text(wanted.tokens))))
@@ -166,15 +189,27 @@ class Api:
 
     async def ready(self, request: Request) -> Response:
         """A real token has gone gateway -> prefill -> decode -> gateway through every pair that there is."""
-        state = self._state()
+        state = self._fleet.state()
         return _json(encode(state), status=200 if state.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
+    async def console_state(self, request: Request) -> Response:
+        """The workers, and the caller's own requests."""
+        return _json(encode(self._console.state(self._tenant(request).name)), NOT_KEPT)
+
+    async def page(self, request: Request) -> Response:
+        return self._page[request.url.path]
+
+    def _tenant(self, request: Request) -> Tenant:
+        """Whose request it is. Raises Unauthorized."""
+        tenant = Call.of(request).tenant = self._tenants.of(request.headers.get("authorization"))
+        return tenant
+
     def _admit(self, request: Request) -> Tenant:
         """Whose request it is, if there is room for one more."""
-        tenant = self._tenants.of(request.headers.get("authorization"))
+        tenant = self._tenant(request)
         content_type = request.headers.get("content-type", "application/json")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise UnsupportedMedia(content_type)
@@ -202,11 +237,11 @@ class Api:
         if model != self._config.served_model_name:
             raise UnknownModel(model)
 
-    def _identity(self, prefix: str, wanted: GenerationRequest) -> dict[str, Any]:
+    def _identity(self, request: Request, wanted: GenerationRequest) -> dict[str, Any]:
         """What begins a Reply."""
         self._check_model(wanted.model)
         return {
-            "id": f"{prefix}-{secrets.token_hex(12)}",
+            "id": Call.of(request).id,
             "model": wanted.model,
             "created": int(time.time()),
             "include_usage": wanted.include_usage,
@@ -214,7 +249,7 @@ class Api:
 
     def _choices(
         self,
-        id: str,
+        call: Call,
         tenant: Tenant,
         wanted: GenerationRequest,
         prompts: list[list[int]],
@@ -235,7 +270,7 @@ class Api:
             leader = None
             for number in range(wanted.n):
                 flight = Flight(
-                    id=id if single else f"{id}-{len(choices)}",
+                    id=call.id if single else f"{call.id}-{len(choices)}",
                     prompt=prompt,
                     sampling=msgspec.structs.replace(sampling, seed=sampling.seed + number),
                     namespace=tenant.namespace,
@@ -251,12 +286,13 @@ class Api:
                     min_tokens=wanted.min_tokens,
                     parser=self._codec.parser() if may_call else None,
                 )
-                choices.append(self._choice(flight, output, tenant, wanted, leader))
+                choices.append(self._choice(call, flight, output, tenant, wanted, leader))
                 leader = leader or choices[-1]
         return choices
 
     def _choice(
         self,
+        call: Call,
         flight: Flight,
         output: Output,
         tenant: Tenant,
@@ -271,22 +307,30 @@ class Api:
             pilot=self._pilot,
             books=self._books,
             metrics=self._metrics,
+            activity=self._activity,
+            client_id=call.client_id,
             bills_prompt=leader is None,
         )
         writer = ChatLogprobsWriter if isinstance(wanted, ChatRequest) else CompletionLogprobsWriter
         return Choice(completion, writer(self._tokenizer), leader)
 
-    async def _answer(self, wanted: GenerationRequest, answer: Answer) -> Response:
-        headers = {"x-request-id": answer.id}
-        if not wanted.stream:
-            return _json(await answer.body(), headers)
-        await answer.begin()
-        return StreamingResponse(
-            answer.events(), media_type="text/event-stream", headers=STREAM_HEADERS | headers
+    async def _answer(
+        self, request: Request, wanted: GenerationRequest, reply: Reply, choices: list[Choice]
+    ) -> Response:
+        answer = Call.of(request).answer = Answer(
+            reply,
+            choices,
+            include_usage=wanted.include_usage,
+            explains_routing=explanation.is_wanted(request.headers.get(explanation.HEADER)),
         )
+        if not wanted.stream:
+            return _json(await answer.body())
+        await answer.begin()
+        return StreamingResponse(answer.events(), media_type="text/event-stream", headers=STREAM_HEADERS)
 
     async def _api_error(self, request: Request, error: ApiError) -> Response:
         self._metrics.rejected(error)
+        Call.of(request).error = error.code or error.type
         return _json(error.body(), error.headers, status=error.status)
 
     async def _http_error(self, request: Request, error: HTTPException) -> Response:
@@ -296,7 +340,8 @@ class Api:
         return await self._api_error(request, UnknownPath(request.url.path))
 
     async def _fault(self, request: Request, error: Exception) -> Response:
-        """Starlette raises the error again once this has been sent, so that it is logged."""
+        """Starlette raises the error again once this has been sent, so that it is logged whole."""
+        log.error("%s failed: %r", Call.of(request).id, error)
         return await self._api_error(request, ApiError("an internal error; it has been logged"))
 
 

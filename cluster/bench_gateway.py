@@ -29,7 +29,7 @@ from cluster.billing import Books
 from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import WorkerInfo
-from cluster.fleet import ClusterState, Fleet
+from cluster.fleet import Fleet
 from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prefix_directory import PrefixDirectory
@@ -174,7 +174,7 @@ async def _serve(pipe: Connection, folder: Path, ports: dict[str, int]) -> None:
         pilot=Pilot(fleet, Costs(bytes_per_token=1), PrefixDirectory()),
         books=books,
         metrics=Metrics(),
-        state=lambda: ClusterState(ready=True, pairs={}, workers=[]),
+        fleet=fleet,
     )
     server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning", access_log=False))
     serving = asyncio.create_task(server.serve())

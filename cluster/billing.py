@@ -12,8 +12,9 @@ import msgspec
 import ray
 
 from cluster.errors import LedgerAway
+from cluster.ledger import DayTotals
 from cluster.prices import Price, PriceBook
-from cluster.records import Opening, RecordRefused, Settlement
+from cluster.records import LedgerUnavailable, Opening, RecordRefused, Settlement
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,16 @@ class Books:
         except (ray.exceptions.RayError, TimeoutError) as error:
             log.warning("the ledger is away: %s", error)
             raise LedgerAway("the ledger is not available; nothing is served unbilled") from None
+
+    async def days(self, tenant: str, key_id: str, first: int, last: int) -> list[DayTotals]:
+        """A key's own sums by day. Raises LedgerAway (503)."""
+        try:
+            async with asyncio.timeout(OPEN_TIMEOUT_S):
+                days: list[DayTotals] = await self._controller.days.remote(tenant, key_id, first, last)
+        except (ray.exceptions.RayError, LedgerUnavailable, TimeoutError) as error:
+            log.warning("the ledger is away: %s", error)
+            raise LedgerAway("the ledger is not available; try again later") from None
+        return days
 
     def settle(self, settlement: Settlement, *, after: asyncio.Task[None]) -> None:
         """Settles what the task `after` opened. Never blocks and never fails: see `settle_forever`."""

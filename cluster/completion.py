@@ -11,8 +11,10 @@ from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
 
+from cluster.activity import Activity, Ending, workers_of
 from cluster.billing import Books
 from cluster.errors import ApiError
+from cluster.explanation import Phases
 from cluster.flight import Flight, Pilot, Reading
 from cluster.metrics import Metrics
 from cluster.output import Delta, Output
@@ -42,8 +44,9 @@ class Part:
 
 
 class Completion:
-    """Iterate over `parts`, then read `finish_reason`, `usage`, `timing` and `debug`.
+    """Iterate over `parts`, then read `finish_reason`, `usage`, `timing`, `debug` and `ending`.
 
+    client_id: what the client calls its request; it stands beside our id in the ledger.
     bills_prompt False: another completion of the same request has the same prompt and pays for it.
     """
 
@@ -57,6 +60,8 @@ class Completion:
         pilot: Pilot,
         books: Books,
         metrics: Metrics,
+        activity: Activity,
+        client_id: str | None = None,
         bills_prompt: bool = True,
     ) -> None:
         self.flight = flight
@@ -66,6 +71,9 @@ class Completion:
         self._pilot = pilot
         self._books = books
         self._metrics = metrics
+        self._activity = activity
+        self._client_id = client_id
+        self.ending: Ending | None = None  # once it is over
         self._bills_prompt = bills_prompt
         self._price = books.price(time.time())
         self._opening: asyncio.Task[None] | None = None
@@ -107,6 +115,7 @@ class Completion:
         """
         finish: Finish = "cancelled"
         self._metrics.started()
+        self._activity.started(self.flight, self._tenant)
         try:
             async with contextlib.aclosing(self._pilot.fly(self.flight, on_quote=self._open)) as steps:
                 async for step in steps:
@@ -147,6 +156,7 @@ class Completion:
             hit_tokens=hit_tokens,
             miss_tokens=miss_tokens,
             time_ms=time.time_ns() // 10**6,
+            client_id=self._client_id,
         )
         self._opening = asyncio.create_task(self._books.open(opening))
 
@@ -154,6 +164,14 @@ class Completion:
         settlement = self._settlement(finish)
         nanodollars = amount(settlement, self._price)
         self._metrics.ended(self.flight, finish, tenant=self._tenant.name, nanodollars=nanodollars)
+        self.ending = Ending(
+            tenant=self._tenant,
+            settlement=settlement,
+            nanodollars=nanodollars,
+            phases=Phases.of(self.flight),
+            workers=workers_of(self.flight),
+        )
+        self._activity.ended(self.ending)
         if self._opening is not None:
             self._books.settle(settlement, after=self._opening)
 

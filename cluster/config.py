@@ -43,6 +43,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
+    access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
 
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -19,7 +19,7 @@ from typing import Literal, TypeVar, TypeVarTuple
 
 import msgspec
 
-from cluster.ledger import Ledger, Totals
+from cluster.ledger import DayTotals, Ledger, Totals
 from cluster.prefix_directory import PageChange, PrefixDirectory
 from cluster.records import LedgerUnavailable, Opening, Record, Settled, Settlement
 
@@ -166,6 +166,10 @@ class PrefixCacheController:
     async def totals(self) -> list[Totals]:
         """Every tenant's sums. Raises LedgerUnavailable."""
         return await self._writer.call(Ledger.totals)
+
+    async def days(self, tenant: str, key_id: str, first: int, last: int) -> list[DayTotals]:
+        """One key's sums by day. Raises LedgerUnavailable."""
+        return await self._writer.call(Ledger.days, tenant, key_id, first, last)
 
     async def close(self) -> None:
         """Settles the orphans there are and closes the ledger."""

@@ -117,6 +117,7 @@ class Fleet:
     """Keeps one connection to each member and hands each update to the attempt it belongs to."""
 
     def __init__(self, *, gateway: str, secret: str, timeout_s: float) -> None:
+        self.gateway = gateway
         self.connections: dict[str, Connection] = {}
         self.proven: set[Pair] = set()
         self.changed = asyncio.Event()  # set whenever a worker or a pair has come or gone
@@ -144,6 +145,17 @@ class Fleet:
     def routable_pairs(self) -> set[Pair]:
         """Linked pairs through which a real token has gone."""
         return self.linked_pairs() & self.proven
+
+    def state(self) -> ClusterState:
+        """Ready: there is a pair, every worker is part of one, and a real token has gone through all of them."""
+        linked, proven = self.linked_pairs(), self.routable_pairs()
+        paired = {key for pair in linked for key in pair}
+        connections = self.connections.values()
+        return ClusterState(
+            ready=bool(linked) and linked == proven and all(c.key in paired for c in connections),
+            pairs={f"{pair[0][0]} -> {pair[1][0]}": pair in proven for pair in sorted(linked)},
+            workers=sorted((c.info for c in connections), key=lambda info: info.worker),
+        )
 
     def set_members(self, members: list[WorkerInfo]) -> None:
         """Connects to the new members and lets go of those that have left."""

@@ -7,6 +7,7 @@ next one: none lost, none twice. Knows token ids only; nothing of HTTP, text or 
 import asyncio
 import contextlib
 import itertools
+import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs, Route, RouteRequest, WorkerView, choose
 from workers.messages import Failed, Landed, Prefill, Progress, Reserve, Ticketed, Tokens, Update
 from workers.request import SamplingParams, TokenLogprobs
+
+log = logging.getLogger(__name__)
 
 MAX_RESTARTS = 6
 RESTART_PAUSE_S = 0.02  # before the first restart; doubles with each
@@ -32,6 +35,16 @@ class Timing:
     prefill: float = 0.0
     ship: float = 0.0  # first token to landed
     first_token: float = 0.0  # admission to first token at the gateway
+    total: float = 0.0  # admission to the end, once that has come
+
+
+@dataclass
+class Attempt:
+    """What one pair of workers was given to do. `failure`: why another attempt had to follow, or none could."""
+
+    id: str  # the request's id in its workers' logs
+    route: Route
+    failure: str | None = None
 
 
 @dataclass(eq=False)
@@ -53,6 +66,7 @@ class Flight:
     num_read: int = -1  # prompt tokens that the client was told have been read
     selected_pages: list[list[int]] = field(default_factory=list)  # as the last decode worker counted them
     restarts: int = 0
+    attempts: list[Attempt] = field(default_factory=list)
     timing: Timing = field(default_factory=Timing)
 
 
@@ -117,6 +131,8 @@ class Pilot:
                         async for step in steps:
                             yield step
                 except _Retry as reason:
+                    flight.attempts[-1].failure = str(reason)
+                    log.warning("%s ended: %s", flight.attempts[-1].id, reason)
                     flight.restarts += 1
                     if flight.restarts > MAX_RESTARTS:
                         raise WorkersLost(
@@ -124,6 +140,7 @@ class Pilot:
                         ) from None
                     await asyncio.sleep(RESTART_PAUSE_S * 2 ** (flight.restarts - 1))
         finally:
+            flight.timing.total = time.monotonic() - flight.timing.admitted_at
             self._flights.discard(flight)
 
     async def _route(self, flight: Flight) -> Route:
@@ -155,6 +172,7 @@ class Pilot:
         prefill = self._fleet.connections[route.prefill]
         decode = self._fleet.connections[route.decode]
         attempt = f"{flight.id}#{next(self._numbers)}"
+        flight.attempts.append(Attempt(attempt, route))
         mailbox = self._fleet.begin(attempt, frozenset({route.prefill, route.decode}))
         work = {
             "request_id": attempt,

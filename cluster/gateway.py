@@ -13,13 +13,14 @@ from typing import Any
 import ray
 from starlette.types import ASGIApp
 
+from cluster.access_log import open_access_log
 from cluster.api import Api
 from cluster.billing import Books
 from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import ACTOR_NAME, NAMESPACE, WatchUpdate
 from cluster.errors import ApiError
-from cluster.fleet import ClusterState, Fleet, Pair
+from cluster.fleet import Fleet, Pair
 from cluster.flight import Flight, Pilot
 from cluster.metrics import Metrics
 from cluster.prefix_directory import PrefixDirectory
@@ -47,6 +48,7 @@ class Gateway:
     def __init__(self, config: ClusterConfig, secret: str, *_: Any) -> None:
         # The worker deployments come as further arguments only so that Serve knows them as parts of this application.
         assert config.model is not None
+        open_access_log(config.gateway.access_log)
         self._controller = ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
         model = ModelConfig.load(Path(config.model))
         self._tokenizer = Tokenizer(Path(config.model))
@@ -87,26 +89,15 @@ class Gateway:
             pilot=self._pilot,
             books=self._books,
             metrics=self._metrics,
-            state=self.state,
+            fleet=self._fleet,
         )
-        return api.app()
+        return api.app(echoes_id=False)  # Serve's proxy puts x-request-id on every answer
 
     def check_health(self) -> None:
         """Serve's health check: a background task that has ended took the gateway's eyes with it."""
         for task in self._tasks:
             if task.done():
                 raise RuntimeError(f"a task of the gateway has ended: {task!r}")
-
-    def state(self) -> ClusterState:
-        """Ready: there is a pair, every worker is part of one, and a real token has gone through all of them."""
-        linked, proven = self._fleet.linked_pairs(), self._fleet.routable_pairs()
-        paired = {key for pair in linked for key in pair}
-        connections = self._fleet.connections.values()
-        return ClusterState(
-            ready=bool(linked) and linked == proven and all(c.key in paired for c in connections),
-            pairs={f"{pair[0][0]} -> {pair[1][0]}": pair in proven for pair in sorted(linked)},
-            workers=sorted((c.info for c in connections), key=lambda info: info.worker),
-        )
 
     async def _watch(self) -> None:
         """Follows the controller. While it is away, routing goes on with the last state."""

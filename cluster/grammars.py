@@ -54,7 +54,7 @@ def draft(
     if not (must_call(choice) or schema is not None or strict or (tools and not parallel)):
         return None
     for param, tool in strict:
-        check_schema(tool.parameters, param)
+        check_schema(_arguments(tool), param)
     if schema is not None:
         check_schema(schema, _FORMAT_PARAM)
     writer = _Writer(chat_format, markers)
@@ -88,6 +88,11 @@ def tool_grammar(chat_format: ChatFormat, markers: Mapping[str, int], tool: Tool
     return writer.lark.start(writer.call(tool, param))
 
 
+def _arguments(tool: Tool) -> dict[str, Any]:
+    """What a strict tool takes; nothing if it says nothing."""
+    return tool.function.get("parameters") or {"type": "object", "additionalProperties": False}
+
+
 def _param(index: int) -> str:
     return f"tools[{index}].function.parameters"
 
@@ -119,10 +124,10 @@ class _Writer:
         """What stands between the brackets."""
         if self._dsml:
             parameters = Parameters(self.lark, self._marker)
-            arguments = parameters.strict(tool.parameters, param) if tool.strict else parameters.any()
+            arguments = parameters.strict(_arguments(tool), param) if tool.strict else parameters.any()
             opening = self.lark.text(f'invoke name="{tool.name}">\n')
             return self.lark.rule(f"{opening} {arguments}")
-        schema = tool.parameters if tool.strict else {"type": "object"}
+        schema = _arguments(tool) if tool.strict else {"type": "object"}
         name, end = self.lark.text(f"{tool.name}<｜tool▁sep｜>"), self.lark.text("<｜tool▁call▁end｜>")
         return self.lark.rule(f"{name} {self.lark.json(schema)} {end}")
 

@@ -26,6 +26,7 @@ from cluster.ledger_tables import (
     REQUESTS,
     SETTLEMENTS,
     Database,
+    add_missing_columns,
     all_rows,
     find_openings,
     find_settled,
@@ -63,12 +64,26 @@ __all__ = [
 ]
 
 
+DAY_MS = 24 * 60 * 60 * 1000
+
+
 class Totals(msgspec.Struct, frozen=True, kw_only=True):
     """One tenant's sums over its settled requests. `unsettled` requests count nowhere else."""
 
     tenant: str
     requests: int
     unsettled: int
+    hit_tokens: int
+    miss_tokens: int
+    output_tokens: int
+    amount_nanodollars: int
+
+
+class DayTotals(msgspec.Struct, frozen=True, kw_only=True):
+    """One key's sums over the requests that were settled on one day. Further choices of a prompt are no requests."""
+
+    day: int  # since the epoch, UTC
+    requests: int
     hit_tokens: int
     miss_tokens: int
     output_tokens: int
@@ -96,6 +111,7 @@ class Ledger:
         self._database.make_folder()
         with self._database.begin() as connection:
             METADATA.create_all(connection)
+            add_missing_columns(connection)
             if connection.execute(sa.select(HEAD)).first() is None:
                 connection.execute(HEAD.insert().values(seq=0, hash=GENESIS))
 
@@ -135,6 +151,23 @@ class Ledger:
         )
         with self._database.begin() as connection:
             return [Totals(**row) for row in connection.execute(query).mappings()]
+
+    def days(self, tenant: str, key_id: str, first: int, last: int) -> list[DayTotals]:
+        """One key's sums for each day from `first` to `last` on which it used anything, in order."""
+        day = SETTLEMENTS.c.time_ms // DAY_MS
+        names = ("hit_tokens", "miss_tokens", "output_tokens", "amount_nanodollars")
+        sums = [sa.cast(sa.func.sum(SETTLEMENTS.c[name]), sa.BigInteger).label(name) for name in names]
+        requests = sa.func.sum(sa.case((OPENINGS.c.prompt_tokens > 0, 1), else_=0))
+        query = (
+            sa.select(day.label("day"), sa.cast(requests, sa.BigInteger).label("requests"), *sums)
+            .select_from(REQUESTS)
+            .where(OPENINGS.c.tenant == tenant, OPENINGS.c.key_id == key_id)
+            .where(SETTLEMENTS.c.time_ms.between(first * DAY_MS, (last + 1) * DAY_MS - 1))
+            .group_by(day)
+            .order_by(day)
+        )
+        with self._database.begin() as connection:
+            return [DayTotals(**row) for row in connection.execute(query).mappings()]
 
     def close(self) -> None:
         self._database.close()
@@ -256,7 +289,8 @@ class _Audit:
 
 def show(url: str, *, tenant: str | None, last: int) -> Table:
     """The newest requests, oldest first. Raises LedgerUnavailable."""
-    query = sa.select(OPENINGS, *[c.label(f"settled_{c.name}") for c in SETTLEMENTS.c]).select_from(REQUESTS)
+    shown = [c for c in OPENINGS.c if c.name != "client_id"]
+    query = sa.select(*shown, *[c.label(f"settled_{c.name}") for c in SETTLEMENTS.c]).select_from(REQUESTS)
     if tenant is not None:
         query = query.where(OPENINGS.c.tenant == tenant)
     with Database(url).existing() as connection:

@@ -42,6 +42,7 @@ OPENINGS = _chained(
     *_columns(sa.Text, "tenant", "key_id", "model", "price_version"),
     *_columns(sa.BigInteger, "price_hit", "price_miss", "price_output"),
     *_columns(sa.BigInteger, "prompt_tokens", "hit_tokens", "miss_tokens"),
+    sa.Column("client_id", sa.Text),  # later than the first ledgers: see `add_missing_columns`
 )
 SETTLEMENTS = _chained(
     "settlements",
@@ -102,6 +103,12 @@ class Database:
             ) from error
 
 
+def add_missing_columns(connection: sa.Connection) -> None:
+    """Brings a ledger of an earlier version up to date. Its records and their hashes stay as they are."""
+    if not set(OPENINGS.c) <= set(_present(connection, OPENINGS)):
+        connection.execute(sa.text(f"ALTER TABLE {OPENINGS.name} ADD COLUMN client_id TEXT"))
+
+
 def find_openings(connection: sa.Connection, request_ids: Collection[str]) -> dict[str, Opening]:
     """The openings of these requests, by request id."""
     return {row["request_id"]: to_opening(row) for row in _find(connection, OPENINGS, request_ids)}
@@ -114,7 +121,8 @@ def find_settled(connection: sa.Connection, request_ids: Collection[str]) -> dic
 
 def all_rows(connection: sa.Connection) -> Iterator[sa.RowMapping]:
     """The rows of both tables in the order of their numbers. Raises RecordRefused where a number is none."""
-    queries = [sa.select(table).order_by(table.c.seq) for table in (OPENINGS, SETTLEMENTS)]
+    tables = (OPENINGS, SETTLEMENTS)
+    queries = [sa.select(*_present(connection, table)).order_by(table.c.seq) for table in tables]
     return heapq.merge(*[connection.execute(query).mappings() for query in queries], key=_number)
 
 
@@ -137,6 +145,12 @@ def to_opening(row: sa.RowMapping) -> Opening:
 
 def to_settled(row: sa.RowMapping) -> Settled:
     return read({**_plain(row), "kind": "settle"}, Settled)
+
+
+def _present(connection: sa.Connection, table: sa.Table) -> list[sa.Column[Any]]:
+    """The columns that the database has: an audit reads a ledger as it is."""
+    names = {column["name"] for column in sa.inspect(connection).get_columns(table.name)}
+    return [column for column in table.c if column.name in names]
 
 
 def _find(connection: sa.Connection, table: sa.Table, request_ids: Collection[str]) -> sa.MappingResult:

@@ -4,6 +4,9 @@ from typing import Any
 
 import msgspec
 
+from cluster import access_log, console, explanation
+from cluster.console import ConsoleState
+from cluster.explanation import Routing
 from cluster.fleet import ClusterState
 from cluster.responses import ChatChoice, CompletionChoice, Debug, ModelList, Timing, Usage
 from cluster.schemas import (
@@ -17,6 +20,7 @@ from cluster.schemas import (
     Limits,
 )
 from cluster.tokenization import Detokenized, DetokenizeRequest, Tokenized, TokenizeRequest
+from cluster.usage import UsageReport
 
 Schema = dict[str, Any]
 VERSION = "1"  # of the API, as in its paths
@@ -28,10 +32,22 @@ _ANSWERS = (
     ModelList,
     Timing,
     Usage,
+    Routing,
     Tokenized,
     Detokenized,
     ClusterState,
+    ConsoleState,
+    UsageReport,
 )
+_DAYS: list[Schema] = [
+    {
+        "name": name,
+        "in": "query",
+        "description": f"{name} of the days, UTC",
+        "schema": {"type": "string", "format": "date"},
+    }
+    for name in ("start", "end")
+]
 _ERROR: Schema = {
     "type": "object",
     "properties": {
@@ -92,6 +108,12 @@ def document(model: str, limits: Limits) -> Schema:
         "paths": {
             "/v1/chat/completions": {"post": _post("ChatRequest", "ChatCompletion", streams=True)},
             "/v1/completions": {"post": _post("CompletionRequest", "TextCompletion", streams=True)},
+            "/v1/usage": {
+                "get": {
+                    "parameters": _DAYS,
+                    "responses": _json("UsageReport") | _refusals("400", "401", "503"),
+                }
+            },
             "/tokenize": {"post": _post("TokenizeRequest", "Tokenized")},
             "/detokenize": {"post": _post("DetokenizeRequest", "Detokenized")},
             "/v1/models": {"get": {"responses": _json("ModelList") | _refusals("401")}},
@@ -100,6 +122,8 @@ def document(model: str, limits: Limits) -> Schema:
             },
             "/health": {"get": {"responses": {"200": {"description": "this process answers"}}}},
             "/metrics": {"get": {"responses": {"200": {"description": "in Prometheus' text format"}}}},
+            "/console/state": {"get": {"responses": _json("ConsoleState") | _refusals("401")}},
+            **{path: _page(media_type) for path, (_, media_type) in console.FILES.items()},
             "/openapi.json": {"get": {"responses": {"200": {"description": "this document"}}}},
         },
         "components": {
@@ -129,6 +153,7 @@ def _completion(kind: str, choice: str) -> Schema:
             "usage": _ref("Usage"),
             "timing": _ref("Timing"),
             "debug": _ref("Debug"),
+            "routing": {"type": "array", "items": _ref("Routing")},
         },
         "required": ["id", "object", "created", "model", "choices", "usage", "timing"],
     }
@@ -136,12 +161,23 @@ def _completion(kind: str, choice: str) -> Schema:
 
 def _post(request: str, answer: str, *, streams: bool = False) -> Schema:
     responses = _json(answer)
+    parameters = [_header(access_log.HEADER, {"type": "string", "pattern": "^[!-~]{1,128}$"})]
     if streams:
+        parameters.append(_header(explanation.HEADER, {"enum": ["0", "1"]}))
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
     return {
+        "parameters": parameters,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
         "responses": responses | _refusals(*_REFUSALS),
     }
+
+
+def _page(media_type: str) -> Schema:
+    return {"get": {"responses": {"200": {"description": "the console", "content": {media_type: {}}}}}}
+
+
+def _header(name: str, schema: Schema) -> Schema:
+    return {"name": name, "in": "header", "schema": schema}
 
 
 def _json(name: str) -> Schema:

@@ -35,7 +35,7 @@ class LedgerUnavailable(LedgerError):
     """The sentence says which ledger and why."""
 
 
-class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="open", tag_field="kind"):
+class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="open", tag_field="kind", omit_defaults=True):
     """A request about to send its first token: what was quoted."""
 
     request_id: str
@@ -47,6 +47,9 @@ class Opening(msgspec.Struct, frozen=True, kw_only=True, tag="open", tag_field="
     hit_tokens: Tokens
     miss_tokens: Tokens
     time_ms: Time
+    client_id: str | None = (
+        None  # what the client calls it; where it says nothing, no part of the hashed record
+    )
 
 
 class Settlement(msgspec.Struct, frozen=True, kw_only=True):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from cluster.explanation import Routing
 from cluster.logprobs import ChatLogprobs, CompletionLogprobs
 from cluster.output import Delta
 from cluster.prices import dollars
@@ -178,6 +179,7 @@ class Body(Struct, frozen=True, kw_only=True):
     timing: Timing | UnsetType = UNSET
     prompt_progress: PromptProgress | UnsetType = UNSET
     debug: Debug | UnsetType = UNSET
+    routing: list[Routing] | UnsetType = UNSET
 
 
 class ModelCard(Struct, frozen=True, kw_only=True):
@@ -231,19 +233,36 @@ class Reply:
         raise NotImplementedError
 
     def whole(
-        self, choices: Sequence[Whole], usage: Usage, timing: Timing, debug: Debug | UnsetType = UNSET
+        self,
+        choices: Sequence[Whole],
+        usage: Usage,
+        timing: Timing,
+        debug: Debug | UnsetType = UNSET,
+        routing: list[Routing] | UnsetType = UNSET,
     ) -> bytes:
         """The body of an answer that is not streamed."""
         written = [self._choice(index, whole) for index, whole in enumerate(choices)]
-        return encode(self._body(self.kind, written, usage=usage, timing=timing, debug=debug))
+        body = self._body(self.kind, written, usage=usage, timing=timing, debug=debug, routing=routing)
+        return encode(body)
 
     def progress(self, progress: PromptProgress) -> bytes:
         """An event while the prompt is being read, where the client asked for it."""
         return self._event([], prompt_progress=progress)
 
-    def usage(self, usage: Usage, timing: Timing, debug: Debug | UnsetType = UNSET) -> bytes:
+    def usage(
+        self,
+        usage: Usage,
+        timing: Timing,
+        debug: Debug | UnsetType = UNSET,
+        routing: list[Routing] | UnsetType = UNSET,
+    ) -> bytes:
         """The event after the last token, where the client asked for it."""
-        return sse(encode(self._body(self.chunk_kind, [], usage=usage, timing=timing, debug=debug)))
+        body = self._body(self.chunk_kind, [], usage=usage, timing=timing, debug=debug, routing=routing)
+        return sse(encode(body))
+
+    def routing(self, routing: list[Routing]) -> bytes:
+        """The event after the last token, where the client asked for it and not for the usage."""
+        return sse(encode(self._body(self.chunk_kind, [], usage=UNSET, routing=routing)))
 
     def _choice(self, index: int, whole: Whole) -> ChatChoice | CompletionChoice:
         raise NotImplementedError
@@ -268,6 +287,7 @@ class Reply:
         timing: Timing | UnsetType = UNSET,
         prompt_progress: PromptProgress | UnsetType = UNSET,
         debug: Debug | UnsetType = UNSET,
+        routing: list[Routing] | UnsetType = UNSET,
     ) -> Body:
         return Body(
             id=self.id,
@@ -279,6 +299,7 @@ class Reply:
             timing=timing,
             prompt_progress=prompt_progress,
             debug=debug,
+            routing=routing,
         )
 
 

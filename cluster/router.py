@@ -50,6 +50,8 @@ class Score(msgspec.Struct, frozen=True, kw_only=True):
     compute_s: float
     ship_s: float
     decode_s: float
+    prefill_hit_tokens: int  # of the prompt, that the prefill worker holds
+    decode_hit_tokens: int  # that the decode worker holds, so that they need not be shipped
     has_room: bool  # the decode worker has pages for the prompt now
 
     @property
@@ -63,18 +65,21 @@ class Route(msgspec.Struct, frozen=True, kw_only=True):
     prefill: str
     decode: str
     quote: int
+    num_pairs: int  # that there were to choose from
     alternatives: list[Score]  # best first; the first is the choice
 
 
 class _PrefillCost(msgspec.Struct, frozen=True):
     queue_s: float
     compute_s: float
+    hit_tokens: int
     assigned: int
 
 
 class _DecodeCost(msgspec.Struct, frozen=True):
     ship_s: float
     decode_s: float
+    hit_tokens: int
     has_room: bool
     assigned: int
 
@@ -114,7 +119,8 @@ def choose(
     return Route(
         prefill=prefill,
         decode=decode,
-        quote=max(_hit_tokens(request, prefill), _hit_tokens(request, decode)),
+        quote=max(fronts[prefill].hit_tokens, backs[decode].hit_tokens),
+        num_pairs=len(usable),
         alternatives=[_score(pair, fronts[pair[0]], backs[pair[1]]) for pair in best],
     )
 
@@ -131,22 +137,28 @@ def _usual_rate(prefills: Sequence[WorkerView], costs: Costs) -> float:
 
 
 def _prefill_cost(request: RouteRequest, view: WorkerView, seconds_per_token: float) -> _PrefillCost:
-    missing = request.num_tokens - _hit_tokens(request, view.worker)
+    hit_tokens = _hit_tokens(request, view.worker)
     ahead = view.queued_tokens + view.assigned_tokens
-    return _PrefillCost(ahead * seconds_per_token, missing * seconds_per_token, view.assigned_tokens)
+    return _PrefillCost(
+        queue_s=ahead * seconds_per_token,
+        compute_s=(request.num_tokens - hit_tokens) * seconds_per_token,
+        hit_tokens=hit_tokens,
+        assigned=view.assigned_tokens,
+    )
 
 
 def _decode_cost(request: RouteRequest, view: WorkerView, costs: Costs) -> _DecodeCost:
-    missing = request.num_tokens - _hit_tokens(request, view.worker)
+    hit_tokens = _hit_tokens(request, view.worker)
     needed = -(-request.num_tokens // PAGE_SIZE)
     available = view.available_pages - view.assigned_tokens // PAGE_SIZE
     has_room = available >= needed
     fill = needed / available if has_room else 1.0
     return _DecodeCost(
-        ship_s=missing * costs.bytes_per_token / costs.bytes_per_second,
+        ship_s=(request.num_tokens - hit_tokens) * costs.bytes_per_token / costs.bytes_per_second,
         decode_s=view.step_seconds
         + view.running * costs.seconds_per_running
         + fill * costs.seconds_when_full,
+        hit_tokens=hit_tokens,
         has_room=has_room,
         assigned=view.assigned_tokens,
     )
@@ -160,5 +172,7 @@ def _score(pair: tuple[str, str], front: _PrefillCost, back: _DecodeCost) -> Sco
         compute_s=front.compute_s,
         ship_s=back.ship_s,
         decode_s=back.decode_s,
+        prefill_hit_tokens=front.hit_tokens,
+        decode_hit_tokens=back.hit_tokens,
         has_room=back.has_room,
     )

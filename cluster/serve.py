@@ -85,9 +85,11 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
     _check_port(config.host, config.port)
     model = Path(config.model or DEMO_MODEL).resolve()
     _check_model(config, model)
-    ledger = LedgerConfig(url=_absolute(config.ledger.url))  # the controller runs in a folder of its own
+    ledger = LedgerConfig(url=_absolute(config.ledger.url))  # actors run in folders of their own
     Ledger(ledger.url).close()
-    return msgspec.structs.replace(config, model=str(model), ledger=ledger)
+    access_log = config.gateway.access_log and str(Path(config.gateway.access_log).resolve())
+    gateway = msgspec.structs.replace(config.gateway, access_log=access_log)
+    return msgspec.structs.replace(config, model=str(model), ledger=ledger, gateway=gateway)
 
 
 def _absolute(url: str) -> str:

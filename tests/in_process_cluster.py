@@ -65,6 +65,7 @@ class Cluster:
         configs = [msgspec.structs.replace(config, ranks=count) for count in ranks] or [config] * each
         self.prefills = [_start("prefill", model, n, config) for n, config in enumerate(configs)]
         self.decodes = [_start("decode", model, n, config) for n, config in enumerate(configs)]
+        self.directory = PrefixDirectory()
         peers = {
             d.worker.id: Peer(d.ship_host, d.ship_port, d.worker.epoch, d.rank_ports) for d in self.decodes
         }
@@ -87,7 +88,7 @@ class Cluster:
                     await asyncio.sleep(0.02)
             fleet.proven = fleet.linked_pairs()
             try:
-                return await work(Pilot(fleet, Costs(bytes_per_token=788 * 4), PrefixDirectory()), fleet)
+                return await work(Pilot(fleet, Costs(bytes_per_token=788 * 4), self.directory), fleet)
             finally:
                 await fleet.close()
 

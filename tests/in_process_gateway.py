@@ -10,14 +10,13 @@ from typing import Any
 
 import uvicorn
 from in_process_cluster import Cluster
-from starlette.routing import Route
 
 from cluster.api import Api
 from cluster.billing import Books
 from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import PrefixCacheController
-from cluster.fleet import ClusterState, Fleet
+from cluster.fleet import Fleet
 from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prices import PriceBook
@@ -55,10 +54,14 @@ class _Method:
 
 @contextlib.contextmanager
 def running_gateway(
-    model: Path, folder: Path, config: ClusterConfig | None = None, engine: EngineConfig = ENGINE
+    model: Path,
+    folder: Path,
+    config: ClusterConfig | None = None,
+    engine: EngineConfig = ENGINE,
+    each: int = 1,
 ) -> Iterator[Gateway]:
-    """One worker of each role and a gateway, until the block ends. `folder` gets the ledger."""
-    cluster = Cluster(model, engine, each=1)
+    """Workers, `each` of a role, and a gateway, until the block ends. `folder` gets the ledger."""
+    cluster = Cluster(model, engine, each=each)
     ledger = f"sqlite:///{folder}/ledger.db"
     ready, stop = threading.Event(), threading.Event()
     urls: list[str] = []
@@ -66,6 +69,7 @@ def running_gateway(
     thread = threading.Thread(
         target=lambda: cluster.run(
             lambda pilot, fleet: _serve(
+                cluster,
                 model,
                 ledger,
                 config or ClusterConfig(),
@@ -89,7 +93,18 @@ def running_gateway(
         cluster.stop()
 
 
+async def _report_pages(cluster: Cluster) -> None:
+    """What the workers tell the controller, and the controller the gateways."""
+    while True:
+        for running in cluster.all:
+            worker = running.worker
+            events = await asyncio.wrap_future(worker.ask(worker.engine.pools.drain_events))
+            cluster.directory.apply(worker.id, worker.epoch, *events)
+        await asyncio.sleep(0.05)
+
+
 async def _serve(
+    cluster: Cluster,
     model: Path,
     ledger: str,
     config: ClusterConfig,
@@ -103,7 +118,7 @@ async def _serve(
 ) -> None:
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
-    settling = asyncio.create_task(books.settle_forever())
+    tasks = [asyncio.create_task(books.settle_forever()), asyncio.create_task(_report_pages(cluster))]
     tokenizer = Tokenizer(model)
     codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
     api = Api(
@@ -115,13 +130,10 @@ async def _serve(
         pilot=pilot,
         books=books,
         metrics=Metrics(),
-        state=lambda: ClusterState(
-            ready=True, pairs={}, workers=[connection.info for connection in fleet.connections.values()]
-        ),
+        fleet=fleet,
     )
-    app = api.app()
-    paths.extend(route.path for route in app.routes if isinstance(route, Route))
-    server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning"))
+    paths.extend(route.path for route in api.routes)
+    server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -131,5 +143,6 @@ async def _serve(
     await asyncio.to_thread(stop.wait)
     server.should_exit = True
     await serving
-    settling.cancel()
+    for task in tasks:
+        task.cancel()
     await controller.close()

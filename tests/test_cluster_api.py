@@ -1,17 +1,15 @@
 """The HTTP API over real workers, ledger and text; the openai SDK as client."""
 
-import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
-import jsonschema
 import openai
 import pytest
 from in_process_gateway import Gateway, running_gateway
 
 from cluster.ledger import verify
-from cluster.structured import StructuredOutput
 from workers.tiny import write_tiny
 
 HELLO: Any = [{"role": "user", "content": "Hello there, how are you today? " * 20}]
@@ -131,97 +129,34 @@ def test_an_answer_has_its_least_length(sdk: openai.OpenAI) -> None:
     assert longer.choices[0].text == free.choices[0].text
 
 
+def test_a_key_sees_what_it_used(gateway: Gateway) -> None:
+    def usage(**query: str) -> httpx.Response:
+        return httpx.get(f"{gateway.url}/v1/usage", params=query, timeout=10)
+
+    _post(gateway, "/v1/completions", prompt="Hello", max_tokens=1)
+    deadline = time.monotonic() + 10
+    while verify(gateway.ledger).unsettled and time.monotonic() < deadline:
+        time.sleep(0.05)  # a settlement follows its answer
+    before = usage().json()["total"]
+    body = {"prompt": "Hello", "max_tokens": 3, "n": 2, "ignore_eos": True}
+    used = _post(gateway, "/v1/completions", **body).json()["usage"]
+    while (after := usage().json())["total"]["completion_tokens"] < before["completion_tokens"] + 6:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    total = after["total"]
+    assert total["requests"] == before["requests"] + 1
+    assert total["cost_nanodollars"] == before["cost_nanodollars"] + used["cost_nanodollars"]
+    assert sum(day["completion_tokens"] for day in after["data"]) == total["completion_tokens"]
+    assert usage(start="2020-01-01", end="2020-02-01").json()["data"] == []
+    for query, param in (({"start": "today"}, "start"), ({"end": "2026-02-30"}, "end"), ({"day": "x"}, "day"),
+                         ({"start": "2026-02-01", "end": "2026-01-01"}, "start")):  # fmt: skip
+        refused = usage(**query)
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+
+
 def test_the_ledger_has_every_choice_once(gateway: Gateway) -> None:
-    report = verify(gateway.ledger)
+    deadline = time.monotonic() + 10
+    while (report := verify(gateway.ledger)).unsettled and time.monotonic() < deadline:
+        time.sleep(0.05)  # a settlement follows its answer
     assert report.bad is None
     assert not report.unsettled
-
-
-SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "properties": {
-        "name": {"type": "string", "maxLength": 8},
-        "size": {"type": "integer", "minimum": 0, "maximum": 99},
-        "kind": {"enum": ["small", "large"]},
-    },
-    "required": ["name", "size", "kind"],
-    "additionalProperties": False,
-}
-FORMAT: Any = {"type": "json_schema", "json_schema": {"name": "thing", "strict": True, "schema": SCHEMA}}
-
-
-@pytest.fixture(scope="module")
-def terse(gateway: Gateway) -> dict[str, float]:
-    """A bias against new lines, which would only make answers longer."""
-    _, newline = _post(gateway, "/tokenize", prompt="\n").json()["tokens"]
-    return {str(newline): -100}
-
-
-def test_every_choice_follows_the_schema(sdk: openai.OpenAI, terse: dict[str, float]) -> None:
-    settings: Any = {
-        "model": "lightship",
-        "messages": HELLO,
-        "max_tokens": 300,
-        "response_format": FORMAT,
-        "logit_bias": terse,
-        "seed": 3,
-    }
-    chat = sdk.chat.completions.create(**settings, n=3, temperature=2.0)
-    for choice in chat.choices:
-        assert choice.finish_reason == "stop"
-        jsonschema.validate(json.loads(choice.message.content or ""), SCHEMA)
-    assert len({choice.message.content for choice in chat.choices}) > 1
-    stream = sdk.chat.completions.create(**settings, temperature=0, stream=True, logprobs=True)
-    chunks = [choice for chunk in stream for choice in chunk.choices]
-    jsonschema.validate(json.loads("".join(choice.delta.content or "" for choice in chunks)), SCHEMA)
-    assert chunks[-1].finish_reason == "stop"
-
-
-def test_reasoning_before_an_answer_in_a_format_is_free(sdk: openai.OpenAI, terse: dict[str, float]) -> None:
-    """The model would never stop thinking by itself; a bias makes it."""
-    think_end = 4
-    chat = sdk.chat.completions.create(
-        model="lightship",
-        messages=HELLO,
-        max_tokens=400,
-        seed=1,
-        temperature=1.0,
-        response_format=FORMAT,
-        logit_bias=terse | {str(think_end): 8},
-        extra_body={"thinking": {"type": "enabled"}},
-    )
-    message = chat.choices[0].message
-    assert message.model_extra is not None
-    assert message.model_extra["reasoning_content"]
-    jsonschema.validate(json.loads(message.content or ""), SCHEMA)
-
-
-def test_a_schema_that_is_wrong_or_too_much_is_refused_before_a_worker_sees_it(gateway: Gateway) -> None:
-    field = "response_format.json_schema.schema"
-    for schema, sentence in [
-        ({"type": "integer", "minimum": 5, "maximum": 3}, "Unsatisfiable"),
-        ({"type": "array", "uniqueItems": True}, "uniqueItems"),
-        ({"enum": ["x" * 70_000]}, "the limit is 65536"),
-    ]:
-        answer = _post(
-            gateway,
-            "/v1/chat/completions",
-            messages=HELLO,
-            response_format={"type": "json_schema", "json_schema": {"name": "x", "schema": schema}},
-        )
-        assert answer.status_code == 400
-        assert answer.json()["error"]["param"] == field
-        assert sentence in answer.json()["error"]["message"]
-
-
-def test_a_grammar_that_fails_at_a_worker_is_the_request_s_fault_alone(
-    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What only shows while the answer is written: here the gateway is made to let a wrong grammar through."""
-    monkeypatch.setattr(StructuredOutput, "_checked", lambda *wanted: "start: nothing")
-    body = {"messages": HELLO, "response_format": {"type": "json_object"}}
-    answer = _post(gateway, "/v1/chat/completions", **body)
-    assert answer.status_code == 400
-    assert "too complex to follow" in answer.json()["error"]["message"]
-    monkeypatch.undo()
-    assert _post(gateway, "/v1/chat/completions", **body, max_tokens=5).status_code == 200

@@ -15,6 +15,9 @@ from test_workers_grammar import SCHEMAS
 from cluster.chat_encoding import ChatFormat
 from cluster.errors import InvalidRequest
 from cluster.grammars import Draft, draft
+from cluster.reply_parser import joined
+from cluster.reply_parser_exp import ExpParser
+from cluster.reply_parser_v32 import V32Parser
 from cluster.tools import (
     FunctionName,
     JsonObjectFormat,
@@ -73,6 +76,20 @@ def _arguments(text: str) -> dict[str, Any]:
     return {name: value if raw == "true" else json.loads(value) for name, raw, value in found}
 
 
+def parsed(
+    chat_format: ChatFormat, answer: str, markers: bool
+) -> tuple[str, list[tuple[str, dict[str, Any]]]]:
+    """As the gateway reads it, character by character."""
+    parser = V32Parser(marked=markers) if chat_format == "v3.2" else ExpParser()
+    for name, mark in parser.marks.items():
+        answer = answer.replace(name, mark)
+    parts = [parser.push(character) for character in answer] + [parser.finish(cut=False)]
+    calls = joined(call for part in parts for call in part.calls)
+    return "".join(part.content for part in parts), [
+        (call.name, json.loads(call.arguments)) for call in calls
+    ]
+
+
 PARAMETER_NAMES = st.sampled_from(["city", "days", "what else?"])
 PARAMETERS = st.builds(
     lambda properties, required: {
@@ -102,6 +119,8 @@ def test_random_calls_of_a_strict_tool_validate(
     answer = Walk(seed, markers=markers).answer(wanted.text)
     content, ((name, arguments),) = read(chat_format, answer)
     assert content == ""
+    if chat_format == "v3.2" or markers:  # V3.2-Exp always has tokens for its markers
+        assert parsed(chat_format, answer, markers) == ("", [(name, arguments)])
     if name == "get":
         assert arguments == {}
         return

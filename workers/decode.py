@@ -109,6 +109,7 @@ class DecodeWorker(Worker):
             ticket = Ticket(landing, self.epoch, request.id, list(request.pages), generations, num_resident)
             self._landing.expect(request.rank, ticket)
             self._send(job, Ticketed(request.id, ticket))
+            self._watch_grammar(job)
 
     def _land(self, shipment: Shipment) -> None:
         job = self.jobs.get(shipment.request_id)

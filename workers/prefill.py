@@ -84,6 +84,7 @@ class PrefillWorker(Worker):
             self._fail(job, str(error), retry=False)
         else:
             self.jobs[request.id] = job
+            self._watch_grammar(job)
 
     def abort(self, request_id: str) -> None:
         job = self.jobs.get(request_id)

@@ -11,12 +11,13 @@ import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from workers.cpu_threads import use_threads
 from workers.engine import Engine, StepOutput
+from workers.grammar import GrammarError
 from workers.messages import Failed, Load, Submit, Update
-from workers.request import Request
+from workers.request import Request, Status
 
 log = logging.getLogger(__name__)
 
@@ -102,6 +103,21 @@ class Worker:
     def _fail(self, job: Job, reason: str, *, retry: bool, grammar: bool = False) -> None:
         self._send(job, Failed(job.request.id, reason, retry, grammar))
 
+    def _watch_grammar(self, job: Job) -> None:
+        """Ends an accepted request, if it has a grammar, as soon as that turns out to be wrong."""
+        compiled: Future[Any] | None = job.request.matcher
+        if compiled is not None:
+            compiled.add_done_callback(lambda _: self.post(lambda: self._compiled(job, compiled)))
+
+    def _compiled(self, job: Job, compiled: Future[Any]) -> None:
+        error = compiled.exception()
+        if isinstance(error, GrammarError) and job.request.status is not Status.FINISHED:
+            self._end_for_grammar(job, str(error))
+
+    def _end_for_grammar(self, job: Job, reason: str) -> None:
+        self._fail(job, reason, retry=False, grammar=True)
+        self.abort(job.request.id)
+
     def _run(self) -> None:
         if self.engine.config.threads is not None:
             use_threads(self.engine.config.threads)
@@ -113,8 +129,7 @@ class Worker:
                     output = self.engine.step()
                     self._after_step(output)
                     for request, reason in output.failed:
-                        self._fail(self.jobs[request.id], reason, retry=False, grammar=True)
-                        self.abort(request.id)
+                        self._end_for_grammar(self.jobs[request.id], reason)
                 self._flush()
                 self.alive_at = time.monotonic()
         except (
