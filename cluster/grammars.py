@@ -20,6 +20,7 @@ from cluster.tools import (
     ResponseFormat,
     Tool,
     ToolChoice,
+    must_call,
 )
 
 _MARKER: dict[ChatFormat, str] = {"v3.2": DSML, "v3.2-exp": CALLS_BEGIN}
@@ -49,9 +50,8 @@ def draft(
     schema = _schema(response_format)
     if choice == "none":
         tools = ()
-    must_call = isinstance(choice, NamedTool) or choice == "required"
     strict = [(_param(index), tool) for index, tool in enumerate(tools) if tool.strict]
-    if not (must_call or schema is not None or strict or (tools and not parallel)):
+    if not (must_call(choice) or schema is not None or strict or (tools and not parallel)):
         return None
     for param, tool in strict:
         check_schema(_arguments(tool), param)
@@ -59,7 +59,7 @@ def draft(
         check_schema(schema, _FORMAT_PARAM)
     writer = _Writer(chat_format, markers)
     alternatives = []
-    if not must_call:
+    if not must_call(choice):
         alternatives.append(writer.content if schema is None else writer.lark.json(schema))
     if tools:
         named = choice.function.name if isinstance(choice, NamedTool) else None
@@ -67,7 +67,7 @@ def draft(
             writer.calls(
                 [(_param(index), tool) for index, tool in enumerate(tools) if named in (None, tool.name)],
                 several=parallel and named is None,
-                after_content=not must_call and schema is None,
+                after_content=not must_call(choice) and schema is None,
             )
         )
     parts = [(param, tool_grammar(chat_format, markers, tool, param)) for param, tool in strict]

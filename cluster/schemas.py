@@ -14,11 +14,13 @@ from cluster.chat_encoding import Message, check_fields
 from cluster.errors import ContextTooLong, InvalidRequest, echo
 from cluster.tools import (
     ResponseFormat,
+    TextFormat,
     Tool,
     ToolCall,
     ToolChoice,
     Tools,
     check_tools,
+    must_call,
 )
 from workers.request import Grammar, SamplingParams
 
@@ -236,6 +238,11 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
             raise invalid("chat_template_kwargs.thinking", "contradicts thinking.type")
         check_fields(self.messages)
         check_tools(self.tools, self.tool_choice)
+        is_free = isinstance(self.response_format, TextFormat | None) and not must_call(self.tool_choice)
+        if self.messages[-1].prefix and not is_free:
+            # A grammar begins with the answer; it would not know of the text before.
+            param = f"messages[{len(self.messages) - 1}].prefix"
+            raise invalid(param, "is not supported together with response_format or a call that must be made")
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):

@@ -88,6 +88,11 @@ ResponseFormat = TextFormat | JsonObjectFormat | JsonSchemaFormat
 Tools = Annotated[list[Tool], msgspec.Meta(max_length=MAX_TOOLS)]
 
 
+def must_call(choice: ToolChoice | None) -> bool:
+    """Whether the answer has to be a call."""
+    return isinstance(choice, NamedTool) or choice == "required"
+
+
 def check_tools(tools: list[Tool], choice: ToolChoice | None) -> None:
     """Raises InvalidRequest naming the field where a tool is malformed or the choice names none of them."""
     names: set[str] = set()

@@ -94,6 +94,8 @@ def test_neutral_and_ignored_fields_change_nothing() -> None:
     assert len(_chat(messages=[named, echoed, *HELLO]).messages) == 3
 
 
+PREFIX = {"role": "assistant", "content": "x", "prefix": True}
+TOOL = {"type": "function", "function": {"name": "f"}}
 CALL: dict[str, Any] = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
@@ -237,6 +239,8 @@ WRONG_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"tools": [{"type": "function", "function": {"name": "f", "parameters": []}}]},
      "tools[0].function.parameters", "must be an object"),
     ({"tools": [{"type": "function", "function": {"name": "f"}}] * 129}, "tools", "length <= 128"),
+    ({"messages": [*HELLO, PREFIX], "response_format": {"type": "json_object"}}, "messages[1].prefix", "response_format"),
+    ({"messages": [*HELLO, PREFIX], "tools": [TOOL], "tool_choice": "required"}, "messages[1].prefix", "must be made"),
     ({"tool_choice": "f"}, "tool_choice", "f"),
     ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice.function.name", "none of the tools"),
     ({"messages": [*HELLO, {"role": "assistant", "tool_calls": [{**CALL, "function": {"name": "f"}}]}]},

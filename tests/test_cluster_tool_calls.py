@@ -33,7 +33,6 @@ def _tool(name: str, arguments: dict[str, Any], *, strict: bool = True) -> Any:
 
 TOOLS = [_tool("t", ARGUMENTS), _tool("c", {})]
 NAMED: Any = {"type": "function", "function": {"name": "t"}}
-SETTINGS: Any = {"model": "lightship", "messages": ASK, "tools": TOOLS, "max_tokens": 200, "temperature": 0}
 
 
 @pytest.fixture(scope="module", params=["v3.2", "v3.2-exp"])
@@ -52,8 +51,17 @@ def sdk(gateway: Gateway) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="module")
-def called(sdk: openai.OpenAI) -> ChatCompletion:
-    return sdk.chat.completions.create(**SETTINGS, tool_choice=NAMED)
+def settings(gateway: Gateway) -> dict[str, Any]:
+    """With a bias against new lines, which would only make arguments longer."""
+    body = {"model": "lightship", "prompt": "\n"}
+    _, newline = httpx.post(f"{gateway.url}/tokenize", json=body).json()["tokens"]
+    same = {"model": "lightship", "messages": ASK, "tools": TOOLS, "max_tokens": 200, "temperature": 0}
+    return same | {"logit_bias": {str(newline): -100}}
+
+
+@pytest.fixture(scope="module")
+def called(sdk: openai.OpenAI, settings: dict[str, Any]) -> ChatCompletion:
+    return sdk.chat.completions.create(**settings, tool_choice=NAMED)
 
 
 def _calls(message: ChatCompletionMessage) -> list[tuple[str, str]]:
@@ -72,12 +80,14 @@ def _prompt_tokens(answer: ChatCompletion) -> int:
     return answer.usage.prompt_tokens
 
 
-def test_a_named_call_whole_and_streamed(sdk: openai.OpenAI, called: ChatCompletion) -> None:
+def test_a_named_call_whole_and_streamed(
+    sdk: openai.OpenAI, settings: dict[str, Any], called: ChatCompletion
+) -> None:
     (choice,) = called.choices
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
     ((name, arguments),) = _calls(choice.message)
     assert (name, json.loads(arguments)) == ("t", ARGUMENTS)
-    with sdk.chat.completions.stream(**SETTINGS, tool_choice=NAMED) as stream:
+    with sdk.chat.completions.stream(**settings, tool_choice=NAMED) as stream:
         deltas = [event.chunk.choices[0].delta for event in stream if event.type == "chunk"]
         (streamed,) = stream.get_final_completion().choices
     assert not any(delta.content for delta in deltas)
@@ -105,9 +115,9 @@ def test_a_second_turn_with_results(sdk: openai.OpenAI, gateway: Gateway, called
         assert caught.value.param == param
 
 
-def test_calls_of_several_choices(sdk: openai.OpenAI) -> None:
-    settings = SETTINGS | {"tools": TOOLS[1:], "temperature": 1.0, "seed": 1, "n": 2}
-    answer = sdk.chat.completions.create(**settings, tool_choice="required", parallel_tool_calls=False)
+def test_calls_of_several_choices(sdk: openai.OpenAI, settings: dict[str, Any]) -> None:
+    several = settings | {"tools": TOOLS[1:], "temperature": 1.0, "seed": 1, "n": 2}
+    answer = sdk.chat.completions.create(**several, tool_choice="required", parallel_tool_calls=False)
     for choice in answer.choices:
         ((name, arguments),) = _calls(choice.message)
         assert (name, json.loads(arguments)) == ("c", {})
@@ -115,22 +125,23 @@ def test_calls_of_several_choices(sdk: openai.OpenAI) -> None:
     assert len(set(ids)) == 2
 
 
-def test_a_call_that_was_cut(sdk: openai.OpenAI, called: ChatCompletion) -> None:
+def test_a_call_that_was_cut(sdk: openai.OpenAI, settings: dict[str, Any], called: ChatCompletion) -> None:
     assert called.usage is not None
     ((_, whole),) = _calls(called.choices[0].message)
-    for percent in (30, 60):
-        max_tokens = called.usage.completion_tokens * percent // 100
-        answer = sdk.chat.completions.create(**SETTINGS | {"max_tokens": max_tokens}, tool_choice=NAMED)
-        (choice,) = answer.choices
-        assert choice.finish_reason == "length"
-        assert not choice.message.content
-        for _, arguments in _calls(choice.message):
-            assert whole.startswith(arguments)
+    half = called.usage.completion_tokens // 2
+    answer = sdk.chat.completions.create(**settings | {"max_tokens": half}, tool_choice=NAMED)
+    (choice,) = answer.choices
+    assert (choice.finish_reason, choice.message.content) == ("length", None)
+    ((_, arguments),) = _calls(choice.message)
+    assert whole.startswith(arguments)
+    assert len(arguments) < len(whole)
 
 
-def test_tools_that_are_not_to_be_called_are_not_in_the_prompt(sdk: openai.OpenAI, gateway: Gateway) -> None:
+def test_tools_that_are_not_to_be_called_are_not_in_the_prompt(
+    sdk: openai.OpenAI, settings: dict[str, Any], gateway: Gateway
+) -> None:
     loose = [_tool("t", ARGUMENTS, strict=False)]
-    none = sdk.chat.completions.create(**SETTINGS | {"max_tokens": 3}, tool_choice="none")
-    auto = sdk.chat.completions.create(**SETTINGS | {"max_tokens": 3, "tools": loose})
+    none = sdk.chat.completions.create(**settings | {"max_tokens": 3}, tool_choice="none")
+    auto = sdk.chat.completions.create(**settings | {"max_tokens": 3, "tools": loose})
     assert _prompt_tokens(none) == _num_tokens(gateway, ASK)
     assert _prompt_tokens(auto) == _num_tokens(gateway, ASK, tools=loose) > _prompt_tokens(none)
