@@ -152,18 +152,6 @@ def _settings(terse: dict[str, float], choice: Any) -> Any:
     }
 
 
-def test_a_named_call_is_made(sdk: openai.OpenAI, terse: dict[str, float]) -> None:
-    choice = {"type": "function", "function": {"name": "take"}}
-    reply = sdk.chat.completions.create(**_settings(terse, choice)).choices[0]
-    assert reply.finish_reason == "tool_calls"
-    assert not reply.message.content
-    assert reply.message.tool_calls is not None
-    (call,) = reply.message.tool_calls
-    assert call.type == "function"
-    assert call.function.name == "take"
-    jsonschema.validate(json.loads(call.function.arguments), ARGUMENTS)
-
-
 def test_a_required_call_is_made_in_a_stream(sdk: openai.OpenAI, terse: dict[str, float]) -> None:
     name, arguments, content, finish = "", "", "", None
     for chunk in sdk.chat.completions.create(**_settings(terse, "required"), stream=True):
@@ -178,23 +166,6 @@ def test_a_required_call_is_made_in_a_stream(sdk: openai.OpenAI, terse: dict[str
     assert content == ""
     assert name in ("make", "take")
     jsonschema.validate(json.loads(arguments), ARGUMENTS)
-
-
-def test_a_second_turn_with_the_results_of_two_calls(sdk: openai.OpenAI) -> None:
-    calls = [
-        {"id": f"call_{name}", "type": "function", "function": {"name": name, "arguments": '{"n": 3}'}}
-        for name in ("make", "take")
-    ]
-    results: Any = [{"role": "tool", "tool_call_id": call["id"], "content": "7"} for call in calls]
-    turns: Any = [*HELLO, {"role": "assistant", "content": None, "tool_calls": calls}, *results]
-    plain: Any = {"model": "lightship", "tools": TOOLS, "max_tokens": 5, "temperature": 0}
-    reply = sdk.chat.completions.create(messages=turns, tool_choice="none", **plain).choices[0]
-    assert reply.finish_reason in ("stop", "length")
-    assert not reply.message.tool_calls
-    for wrong in (turns[:-1] + HELLO, [*HELLO, *results]):  # an unanswered call, results without one
-        with pytest.raises(openai.BadRequestError) as refused:
-            sdk.chat.completions.create(messages=wrong, **plain)
-        assert (refused.value.param or "").startswith("messages[")
 
 
 def test_a_strict_schema_that_cannot_be_held_is_refused_with_its_tool(gateway: Gateway) -> None:
