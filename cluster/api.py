@@ -163,7 +163,7 @@ class Api:
 
     async def usage(self, request: Request) -> Response:
         """The calling key's own, nobody else's."""
-        tenant = self._tenants.of(request.headers.get("authorization"))
+        tenant = self._tenant(request)
         first, last = days_of(request.query_params)
         days = await self._books.days(tenant.name, tenant.key_id, first, last)
         return _json(encode(report(days, first, last)))

@@ -41,7 +41,7 @@ class Books:
             async with asyncio.timeout(OPEN_TIMEOUT_S):
                 await self._controller.open.remote(opening)
         except (ray.exceptions.RayError, TimeoutError) as error:
-            log.warning("the ledger is away: %s", error)
+            log.warning("%s is refused, the ledger is away: %s", opening.request_id, error)
             raise LedgerAway("the ledger is not available; nothing is served unbilled") from None
 
     async def days(self, tenant: str, key_id: str, first: int, last: int) -> list[DayTotals]:

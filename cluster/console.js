@@ -203,7 +203,7 @@ function routeView(routing) {
   const took = `It took ${seconds(phases.queue)} in the queue, ${seconds(phases.prefill)} of prefill, ${seconds(phases.ship)} of shipping after the `
     + `first token, ${seconds(phases.total)} in all.`;
   return make('details', { class: 'route' },
-    make('summary', {}, `${prefill} → ${decode}, the best of ${counted(num_pairs, 'pair')}`),
+    make('summary', {}, `${prefill} → ${decode}, ${num_pairs === 1 ? 'the only pair' : `the best of ${num_pairs} pairs`}`),
     make('div', { class: 'scroll', tabindex: '0', role: 'region', 'aria-label': 'Pairs of workers' },
       make('table', {},
         make('thead', {}, make('tr', {}, ...columns.map((name) => make('th', { scope: 'col' }, name)))),

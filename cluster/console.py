@@ -44,10 +44,6 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     held_pages: int
     cached_pages: int
     free_pages: int
-    seconds_per_token: float
-    step_seconds: float
-    shipped_bytes: float
-    shipments_refused: float
 
 
 class RequestView(msgspec.Struct, frozen=True, kw_only=True):
@@ -118,10 +114,6 @@ class Console:
             held_pages=load.held_pages,
             cached_pages=load.cached_pages,
             free_pages=load.free_pages,
-            seconds_per_token=load.seconds_per_token,
-            step_seconds=load.step_seconds,
-            shipped_bytes=load.counters.get("shipped_bytes", 0.0),
-            shipments_refused=load.counters.get("refused_shipments", 0.0),
         )
 
 

@@ -68,7 +68,7 @@ class Page:
             self.events.append(answer)
 
     def look(self, *, width: int, height: int, dark: bool = False, scale: float = 1.0) -> None:
-        """The size of the window, and what the system prefers."""
+        """The size of the window, and what the system prefers: with less motion, pictures are the same at any moment."""
         self.command(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -77,7 +77,8 @@ class Page:
             mobile=False,
         )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.command("Emulation.setEmulatedMedia", features=[scheme])
+        motion = {"name": "prefers-reduced-motion", "value": "reduce"}
+        self.command("Emulation.setEmulatedMedia", features=[scheme, motion])
 
     def open(self, url: str) -> None:
         self.command("Page.navigate", url=url)

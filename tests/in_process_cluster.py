@@ -80,7 +80,7 @@ class Cluster:
         """Runs a coroutine with a fleet that is connected to every worker and trusts every pair."""
 
         async def body() -> T:
-            fleet = Fleet(gateway="test", secret=SECRET, timeout_s=3)
+            fleet = Fleet(gateway="gateway-0", secret=SECRET, timeout_s=3)
             fleet.set_members([_info(running) for running in self.all])
             pairs = len(self.prefills) * len(self.decodes)
             async with asyncio.timeout(20):
