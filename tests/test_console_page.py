@@ -1,42 +1,23 @@
-"""The console in a real browser: a chat by keyboard, the live picture, and pictures of both.
-
-    LIGHTSHIP_PICTURES=docs/images .venv/bin/python -m pytest tests/test_console_page.py -k readme
-
-draws the README's two pictures, of a cluster that is busy, with Debian's packages chromium and fonts-inter.
-"""
+"""The console in a real browser: a chat by keyboard, the live picture, errors. `tests/console_pictures.py` draws the README's."""
 
 import hashlib
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from console_pictures import DESKTOP, ENGINE, ask, document
 from headless_chromium import EXECUTABLE, MISSING, Page, opened_page
 from in_process_gateway import Gateway, running_gateway
 
 from cluster.config import ClusterConfig, TenantConfig
 from demo.quiz import CHECKPOINT
-from workers.config import EngineConfig
 from workers.tiny import write_tiny
 
-ROOT = Path(__file__).resolve().parent.parent
-PICTURES = os.environ.get("LIGHTSHIP_PICTURES")
-MAX_PICTURE_BYTES = 200_000
-ENGINE = EngineConfig(max_batched_tokens=256, cache_bytes=12 * 2**20, max_context=4096, threads=1)
 KEY = "key-of-acme"
-WIDTH, HEIGHT = 1440, 900
-DESKTOP = {"width": WIDTH, "height": HEIGHT}
 
 pytestmark = pytest.mark.skipif(EXECUTABLE is None and not os.environ.get("CI"), reason=MISSING)
-
-
-def _document() -> str:
-    """The first part of the demo's specification: facts that its model finds."""
-    text = (ROOT / "demo" / "spec.txt").read_text()
-    return text[: text.index("##", 2000)]
 
 
 @pytest.fixture(scope="module")
@@ -71,14 +52,6 @@ def page(tmp_path: Path) -> Iterator[Page]:
         yield opened
 
 
-def _ask(page: Page, question: str, replies: int) -> None:
-    """By keyboard; returns once there are so many whole replies."""
-    page.tab_to("#prompt")
-    page.type(question)
-    page.press("Enter")
-    page.wait(f"document.querySelectorAll('.bill').length === {replies}")
-
-
 def _check(page: Page, gateway: Gateway) -> None:
     assert page.complaints() == []
     assert all(url.startswith((gateway.url, "data:image/svg+xml,")) for url in page.requested())
@@ -93,7 +66,7 @@ def test_a_conversation_by_keyboard(page: Page, gateway: Gateway, tmp_path: Path
     page.tab_to("#settings summary")
     page.press("Enter")
     page.tab_to("#system")
-    page.type(_document())
+    page.type(document())
     page.tab_to("#temperature")
     page.type("0")
     page.tab_to("#prompt")
@@ -104,7 +77,7 @@ def test_a_conversation_by_keyboard(page: Page, gateway: Gateway, tmp_path: Path
     page.evaluate("""window.bars = 0;
         new MutationObserver(() => { bars += document.querySelectorAll('[role=progressbar]').length })
             .observe(document.querySelector('#thread'), {childList: true, subtree: true})""")
-    _ask(page, "What is the level of Linen Ibis?", 1)
+    ask(page, "What is the level of Linen Ibis?", 1)
     assert page.text(".answer > .text") == "The level of Linen Ibis is 2085."
     assert page.evaluate("[...seen].filter((text) => text && text.length < 30).length") > 3, (
         "it did not stream"
@@ -112,7 +85,7 @@ def test_a_conversation_by_keyboard(page: Page, gateway: Gateway, tmp_path: Path
     assert page.evaluate("bars") > 0
     assert "Cache hit\n0 tokens" in page.text(".bill")
 
-    _ask(page, "What is the size of Indigo Adder?", 2)
+    ask(page, "What is the size of Indigo Adder?", 2)
     second = page.evaluate("[...document.querySelectorAll('.answer')].at(-1).innerText")
     assert second.startswith("The size of Indigo Adder is 666.")
     (newest, *_) = httpx.get(f"{gateway.url}/console/state", timeout=10).json()["requests"]
@@ -166,7 +139,7 @@ def test_thinking_is_shown_apart_and_a_reply_can_be_stopped(page: Page, talkativ
     page.type("4")
     page.tab_to("#thinking")
     page.press(" ")
-    _ask(page, "<img src=x onerror=alert(1)>", 1)
+    ask(page, "<img src=x onerror=alert(1)>", 1)
     assert page.text(".question") == "<img src=x onerror=alert(1)>"
     assert page.evaluate("document.querySelectorAll('.thread img').length") == 0
     assert page.text(".thinking summary").startswith("Thought for ")
@@ -220,39 +193,3 @@ def test_errors_are_sentences_and_a_key_stays_in_its_tab(page: Page, guarded: Ga
     assert page.evaluate("document.cookie") == ""
     refused = "Failed to load resource: the server responded with a status of 401"
     assert [complaint for complaint in page.complaints() if not complaint.startswith(refused)] == []
-
-
-@pytest.mark.skipif(PICTURES is None, reason="LIGHTSHIP_PICTURES names no folder for the README's pictures")
-def test_the_pictures_of_the_readme(page: Page, gateway: Gateway) -> None:
-    page.open(gateway.url)
-    page.evaluate(f"document.querySelector('#system').value = {_document()!r}")
-    page.evaluate("document.querySelector('#temperature').value = '0'")
-    for number, question in enumerate(
-        ("What is the level of Linen Ibis?", "What is the size of Indigo Adder?")
-    ):
-        _ask(page, question, number + 1)
-    page.evaluate("[...document.querySelectorAll('.route')].at(-1).open = true")
-    threads = [threading.Thread(target=_work, args=(gateway, number)) for number in range(4)]
-    for thread in threads:
-        thread.start()
-    page.wait(
-        "[...document.querySelectorAll('.outcome')].filter((e) => e.innerText === 'writing').length >= 3"
-    )
-    page.wait("Number(document.querySelector('#rate').innerText) > 5")
-    folder = ROOT / str(PICTURES)
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, dark in (("light", False), ("dark", True)):
-        page.look(**DESKTOP, dark=dark)
-        path = folder / f"console-{name}.png"
-        page.picture(path)
-        assert path.stat().st_size < MAX_PICTURE_BYTES
-    for thread in threads:
-        thread.join()
-
-
-def _work(gateway: Gateway, number: int) -> None:
-    """A request as from elsewhere: a part of the document again, then something of its own."""
-    prompt = _document()[: 900 * (number + 1)] + f" Of {number}:"
-    body: dict[str, Any] = {"model": "lightship", "prompt": prompt, "max_tokens": 120, "ignore_eos": True}
-    answer = httpx.post(f"{gateway.url}/v1/completions", json=body, timeout=120)
-    assert answer.status_code == 200
