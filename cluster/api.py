@@ -68,13 +68,14 @@ class Api:
         books: Books,
         metrics: Metrics,
         fleet: Fleet,
+        tenants: Tenants,
     ) -> None:
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
         self._codec = codec
         self._structured = structured
-        self._tenants = Tenants(config.tenants)
+        self._tenants = tenants
         self._pilot = pilot
         self._books = books
         self._metrics = metrics

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 
 from cluster.chat_encoding import ChatFormat
+from cluster.limits import TenantLimits
 from workers.config import EngineConfig
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
@@ -51,6 +52,7 @@ class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: Name
     keys: Annotated[list[KeyHash], msgspec.Meta(min_length=1)]
+    limits: TenantLimits = TenantLimits()  # those set with `cluster.keys` go before
 
 
 class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -68,17 +70,18 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     prefill: RoleConfig = RoleConfig()
     decode: RoleConfig = RoleConfig()
     gateway: GatewayConfig = GatewayConfig()
-    tenants: list[TenantConfig] = []  # none: every caller is tenant "default", on a loopback host only
+    tenants: list[TenantConfig] = []
+    keys_required: bool = False  # false: while no key was ever made, every caller is tenant "default"
     ledger: LedgerConfig = LedgerConfig()
     price_entry: Name = "v3.2-exp-launch"  # of the price book
     num_cpus: AtLeastOne | None = None  # what Ray may count on where it is started on this machine; None: all
 
     def __post_init__(self) -> None:
         _check_tenants(self.tenants)
-        if not self.tenants and not is_loopback(self.host):
+        if not self.tenants and not self.keys_required and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host!r} is not a loopback address and tenants is empty: anyone who can reach it could use "
-                "the service; configure tenants with keys or set host to 127.0.0.1"
+                "the service; set keys_required, configure tenants with keys, or set host to 127.0.0.1"
             )
         for key in ("precision", "max_context"):
             mine, theirs = getattr(self.prefill.engine, key), getattr(self.decode.engine, key)
