@@ -127,7 +127,7 @@ class DoNothing:
 
     def _send(self, role: str, updates: list[Any]) -> None:
         other = "decode" if role == "prefill" else "prefill"
-        load = Load(peers=[(f"{other}-0", EPOCH)], free_pages=2**20)
+        load = Load(peers=[(f"{other}-0", EPOCH)], free_pages=2**20, max_running=2**20)
         self._gateways[role].write(pack(Frame(f"{role}-0", EPOCH, load, updates)))
 
 
