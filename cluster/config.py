@@ -37,12 +37,14 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Limits of one gateway replica. Beyond them it answers 429 (413 for a body)."""
+    """Limits of one gateway replica. Beyond them it answers 429 or 503 (413 for a body)."""
 
     replicas: AtLeastOne = 1
     max_body_bytes: AtLeastOne = 4 * 2**20
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
+    request_timeout_s: Positive = 600.0  # of a request that names none in x-request-timeout
+    max_request_timeout_s: Positive = 3600.0  # that one may name
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
     access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
 
@@ -77,6 +79,11 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     num_cpus: AtLeastOne | None = None  # what Ray may count on where it is started on this machine; None: all
 
     def __post_init__(self) -> None:
+        if self.gateway.request_timeout_s > self.gateway.max_request_timeout_s:
+            raise ValueError(
+                f"gateway.request_timeout_s is {self.gateway.request_timeout_s:g}, more than "
+                f"gateway.max_request_timeout_s, which is {self.gateway.max_request_timeout_s:g}"
+            )
         _check_tenants(self.tenants)
         if not self.tenants and not self.keys_required and not is_loopback(self.host):
             raise ValueError(
