@@ -192,7 +192,6 @@ class Pilot:
             len(flight.prompt),
             prefills=[view_of(c) for c in self._fleet.alive("prefill") if c.info.worker in prefills],
             decodes=[view_of(c) for c in self._fleet.alive("decode") if c.info.worker in decodes],
-            seconds_per_token=self._costs.seconds_per_token,
         )
         return self._route(flight) if is_due else None
 

@@ -18,6 +18,7 @@ from kernels.layout import PAGE_SIZE
 WINDOW_S = (
     0.5  # of prompt tokens that a prefill worker is given ahead; covers a gateway's and a ticket's delay
 )
+FIRST_WINDOW = 512  # tokens ahead of one that has not measured its speed: enough for a step that it measures
 OUTPUT_COST = 2  # an output token in prompt tokens, as virtual token counters usually weigh it
 LOOK_S = 0.25
 
@@ -80,25 +81,20 @@ class Gate(Generic[T, G]):
             waiting.turn.set_result(granted)
 
 
-def have_room(
-    num_tokens: int,
-    *,
-    prefills: Sequence[WorkerView],
-    decodes: Sequence[WorkerView],
-    seconds_per_token: float,
-) -> bool:
+def have_room(num_tokens: int, *, prefills: Sequence[WorkerView], decodes: Sequence[WorkerView]) -> bool:
     """Whether a prefill worker will soon have nothing to do, and a decode worker has a place for one more request.
 
-    num_tokens: to be in the caches. seconds_per_token: of a prefill worker that has not measured its own
+    num_tokens: to be in the caches
     """
     step_s = max((view.step_seconds for view in decodes), default=0.0)  # a ticket waits for a step that runs
-    return any(_ahead_s(view, seconds_per_token) < WINDOW_S + step_s for view in prefills) and any(
+    return any(_is_nearly_idle(view, step_s) for view in prefills) and any(
         _has_place(view, num_tokens) for view in decodes
     )
 
 
-def _ahead_s(view: WorkerView, usual: float) -> float:
-    return (view.queued_tokens + view.assigned_tokens) * (view.seconds_per_token or usual)
+def _is_nearly_idle(view: WorkerView, step_s: float) -> bool:
+    ahead, rate = view.queued_tokens + view.assigned_tokens, view.seconds_per_token
+    return ahead * rate < WINDOW_S + step_s if rate else ahead < FIRST_WINDOW
 
 
 def _has_place(view: WorkerView, num_tokens: int) -> bool:

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 
-from cluster.gate import WINDOW_S, Gate, have_room
+from cluster.gate import FIRST_WINDOW, WINDOW_S, Gate, have_room
 from cluster.router import WorkerView
 
 RATE = 1e-3
 
 
 def _prefill(**figures: Any) -> WorkerView:
-    return WorkerView(worker="p", seconds_per_token=RATE, **figures)
+    return WorkerView(worker="p", **{"seconds_per_token": RATE, **figures})
 
 
 def _decode(**figures: Any) -> WorkerView:
@@ -20,7 +20,7 @@ def _decode(**figures: Any) -> WorkerView:
 
 
 def _room(prefills: list[WorkerView], decodes: list[WorkerView], num_tokens: int = 640) -> bool:
-    return have_room(num_tokens, prefills=prefills, decodes=decodes, seconds_per_token=RATE)
+    return have_room(num_tokens, prefills=prefills, decodes=decodes)
 
 
 WINDOW = int(WINDOW_S / RATE)
@@ -34,6 +34,8 @@ WINDOW = int(WINDOW_S / RATE)
         ({"queued_tokens": WINDOW}, {}, False),
         ({"queued_tokens": WINDOW // 2, "assigned_tokens": WINDOW // 2}, {}, False),
         ({"queued_tokens": WINDOW}, {"running": 1, "step_seconds": 0.1}, True),  # its ticket takes a step
+        ({"seconds_per_token": 0.0, "queued_tokens": FIRST_WINDOW - 1}, {}, True),
+        ({"seconds_per_token": 0.0, "queued_tokens": FIRST_WINDOW}, {}, False),
         ({}, {"running": 3}, True),
         ({}, {"running": 4}, False),
         ({}, {"running": 2, "assigned_requests": 2}, False),
