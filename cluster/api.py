@@ -39,6 +39,7 @@ from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
 from cluster.openapi import document
 from cluster.output import Output
+from cluster.public_prefix import PublicPrefixes
 from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, Reply, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
 from cluster.structured import StructuredOutput
@@ -80,6 +81,7 @@ class Api:
         self._structured = structured
         self._tenants = tenants
         self._admission = Admission(config, tenants)
+        self._public = PublicPrefixes.load(config.public_prefixes, tokenizer, codec)
         self._pilot = pilot
         self._books = books
         self._metrics = metrics
@@ -276,7 +278,8 @@ class Api:
         )
         choices: list[Choice] = []
         for prompt, sampling, begun in zip(prompts, samplings, on_begun, strict=True):
-            hashes = page_hashes(tenant.namespace, prompt)
+            num_public_pages = self._public.num_pages(prompt)
+            hashes = page_hashes(tenant.namespace, prompt, num_public_pages=num_public_pages)
             leader = None
             for number in range(wanted.n):
                 flight = Flight(
@@ -285,6 +288,7 @@ class Api:
                     sampling=msgspec.structs.replace(sampling, seed=sampling.seed + number),
                     namespace=tenant.namespace,
                     page_hashes=hashes,
+                    num_public_pages=num_public_pages,
                     flow=tenant.name,
                     deadline=call.deadline,
                     wants_progress=wanted.return_progress,

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cluster.chat_encoding import ChatFormat
+from cluster.chat_encoding import ChatFormat, Message
 from cluster.limits import TenantLimits
 from workers.config import EngineConfig
 
@@ -57,6 +57,19 @@ class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     limits: TenantLimits = TenantLimits()  # those set with `cluster.keys` go before
 
 
+class PublicPrefixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The beginning of prompts whose cached pages all tenants share: exactly one of the four."""
+
+    file: Name | None = None  # UTF-8: read when the service starts, and then its text
+    text: Name | None = None  # of a raw prompt, or of a chat's system message
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)] | None = None  # as in a chat
+    tokens: Annotated[list[int], msgspec.Meta(min_length=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(getattr(self, name) is not None for name in self.__struct_fields__) != 1:
+            raise ValueError("exactly one of file, text, messages and tokens must be set")
+
+
 class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     url: Name = "sqlite:///var/ledger.db"  # a SQLAlchemy URL
 
@@ -74,6 +87,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     gateway: GatewayConfig = GatewayConfig()
     tenants: list[TenantConfig] = []
     keys_required: bool = False  # false: while no key was ever made, every caller is tenant "default"
+    public_prefixes: list[PublicPrefixConfig] = []
     ledger: LedgerConfig = LedgerConfig()
     price_entry: Name = "v3.2-exp-launch"  # of the price book
     num_cpus: AtLeastOne | None = None  # what Ray may count on where it is started on this machine; None: all
