@@ -101,6 +101,8 @@ def test_a_public_prefix_is_read_when_the_service_starts(
 ) -> None:
     file = tmp_path / "system.txt"
     settings = ["--set", f"public_prefixes=[{{file: {file}}}]"]
-    assert "system.txt: [Errno 2]" in refusal(capsys, *settings, "--model", str(model))
+    assert "system.txt: [Errno 2]" in _refused(capsys, *settings, "--model", str(model), "--port", "0")
     file.write_text("Too short.")
-    assert "only whole pages of 64 are shared" in refusal(capsys, *settings, "--model", str(model))
+    assert "only whole pages of 64 are shared" in _refused(
+        capsys, *settings, "--model", str(model), "--port", "0"
+    )
