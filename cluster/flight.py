@@ -109,8 +109,9 @@ class Pilot:
         self._numbers = itertools.count()
         self._flights: set[Flight] = set()
         self._gate: Gate[Flight, Course] = Gate(self._admit, Course.release)
+        self._looked_at = 0.0
         self._paired_at = time.monotonic()  # when there was a routable pair, as far as somebody looked
-        fleet.on_frame = self._gate.look
+        fleet.on_frame = self._gate.look_soon
 
     @property
     def in_progress(self) -> int:
@@ -179,19 +180,22 @@ class Pilot:
     def _give_up(self, waited_s: float) -> None:
         """Raises Overloaded where there has been no pair for too long."""
         now = time.monotonic()
-        if self._fleet.routable_pairs():
-            self._paired_at = now
-        elif min(waited_s, now - self._paired_at) > ROUTE_WAIT_S:
+        if (
+            now >= self._looked_at + ROUTE_PAUSE_S
+        ):  # for all that wait: there may be many pairs to look through
+            self._looked_at = now
+            if self._fleet.routable_pairs():
+                self._paired_at = now
+        if min(waited_s, now - self._paired_at) > ROUTE_WAIT_S:
             raise Overloaded("no prefill and decode worker are ready", retry_after_s=2)
 
     def _admit(self, flight: Flight) -> Course | None:
         """The gate's question: workers for a flight, if they would otherwise soon be idle."""
-        pairs = self._fleet.routable_pairs()
-        prefills, decodes = {pair[0][0] for pair in pairs}, {pair[1][0] for pair in pairs}
+        proven = {key for pair in self._fleet.proven for key in pair}
         is_due = have_room(
             len(flight.prompt),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill") if c.info.worker in prefills],
-            decodes=[view_of(c) for c in self._fleet.alive("decode") if c.info.worker in decodes],
+            prefills=[view_of(c) for c in self._fleet.alive("prefill") if c.key in proven],
+            decodes=[view_of(c) for c in self._fleet.alive("decode") if c.key in proven],
         )
         return self._route(flight) if is_due else None
 

@@ -21,6 +21,7 @@ WINDOW_S = (
 FIRST_WINDOW = 512  # tokens ahead of one that has not measured its speed: enough for a step that it measures
 OUTPUT_COST = 2  # an output token in prompt tokens, as virtual token counters usually weigh it
 LOOK_S = 0.25
+SOON_S = 0.01
 
 T = TypeVar("T")
 G = TypeVar("G")
@@ -35,13 +36,14 @@ class _Waiting(Generic[T, G]):
 class Gate(Generic[T, G]):
     """`admit` is asked for the item whose turn it is: what it gets, or None while workers have no use for it.
 
-    `look` must be called whenever that may have changed. `take_back` gets what was given to one that has gone by then.
+    `look` or `look_soon` must be called whenever that may have changed. `take_back` gets what was given to one that has gone by then.
     """
 
     def __init__(self, admit: Callable[[T], G | None], take_back: Callable[[G], None]) -> None:
         self._admit = admit
         self._take_back = take_back
         self._queue: FairQueue[_Waiting[T, G]] = FairQueue()
+        self._looking: asyncio.TimerHandle | None = None
 
     def __len__(self) -> int:
         return len(self._queue)
@@ -57,7 +59,6 @@ class Gate(Generic[T, G]):
                 await asyncio.wait([waiting.turn], timeout=LOOK_S)
                 if not waiting.turn.done():
                     give_up(time.monotonic() - since)
-                    self.look()
         except BaseException:
             if waiting.turn.done():
                 self._take_back(waiting.turn.result())
@@ -71,8 +72,16 @@ class Gate(Generic[T, G]):
         """Tokens that a request of this flow has written."""
         self._queue.charge(flow, OUTPUT_COST * num_output_tokens)
 
+    def look_soon(self) -> None:
+        """As `look`, for what happens thousands of times a second."""
+        if self._queue and self._looking is None:
+            self._looking = asyncio.get_running_loop().call_later(SOON_S, self.look)
+
     def look(self) -> None:
         """Lets through whatever workers have use for now."""
+        if self._looking is not None:
+            self._looking.cancel()
+            self._looking = None
         while (waiting := self._queue.peek()) is not None:
             granted = self._admit(waiting.item)
             if granted is None:
