@@ -31,41 +31,6 @@ def case_of(contexts: list[int], queries: list[int], heads: int) -> Case:
     return make_case(contexts, queries, heads=1, index_heads=heads, dtype=torch.bfloat16, device=DEVICE)
 
 
-def traps(rows: int, width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and lengths that wrong code trips over."""
-    generator = torch.Generator().manual_seed(width)
-    scores = torch.randn(rows, width, generator=generator)
-    lengths = torch.tensor([0, 1, 63, 64, 65, topk, topk + 1, width - 3, width, width, width, width])[
-        :rows
-    ].clamp(max=width)
-    scores[0::7] = 0.5  # all the same
-    scores[1::7] = torch.randint(-1, 2, (len(scores[1::7]), width), generator=generator).float()
-    scores[2::7, ::2], scores[2::7, 1::2] = 0.0, -0.0
-    scores[3::7, 5:9] = torch.nan
-    scores[4::7, :3] = torch.tensor([torch.inf, -torch.inf, -1e-40])
-    hidden = torch.arange(width) >= lengths.unsqueeze(1)
-    return scores.masked_fill(hidden, torch.nan).to(DEVICE), lengths.to(DEVICE)
-
-
-SIZES = [
-    (700, 64),
-    (4200, 64),
-    (9000, 2048),
-    pytest.param(131_072, 2048, marks=gpu),
-    pytest.param(2**20, 2048, marks=gpu),
-]
-
-
-@pytest.mark.parametrize(("width", "topk"), SIZES)
-def test_top_k_has_the_bits_of_the_reference(ops: ModuleType, width: int, topk: int) -> None:
-    scores, lengths = traps(12, width, topk)
-    expected = reference.top_k(scores, lengths, topk)
-    assert torch.equal(ops.top_k(scores, lengths, topk), expected)
-    padded = torch.full((12, width + 64), torch.nan, device=DEVICE)
-    padded[:, :width] = scores
-    assert torch.equal(ops.top_k(padded[:, :width], lengths, topk), expected)
-
-
 CASES = [
     ([700, 65, 30], [5, 2, 3], 4),
     ([300, 400], [1, 1], 16),

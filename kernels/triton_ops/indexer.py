@@ -13,7 +13,7 @@ from kernels.triton_ops.quant import quantize_tile
 from kernels.triton_ops.scores import PAGE, fill_scores, index_views, quantized_queries
 from kernels.triton_ops.topk import top_k_slots
 
-SCORE_BYTES = 2**30  # of scores held at a time; one row of a batch always passes
+SCORE_BYTES = 2**29  # of scores held at a time, beside as much again to choose among them; one row of a batch always passes
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:

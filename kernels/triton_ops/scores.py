@@ -33,7 +33,7 @@ class Tile(NamedTuple):
     stages: int
 
 
-MANY = Tile(rows=2, keys=128, warps=8, stages=3)  # prefill: products bound it
+MANY = Tile(rows=4, keys=64, warps=4, stages=3)  # prefill: products bound it
 FEW = Tile(rows=1, keys=128, warps=4, stages=4)  # decode: reading the keys bounds it
 
 
