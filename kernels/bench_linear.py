@@ -159,7 +159,9 @@ def _deep_gemm_experts(setting: Setting, case: ExpertsCase) -> Call:
     package, num_experts = setting.deep_gemm, len(case.down)
     counts = case.experts.flatten().bincount(minlength=num_experts)
     masked = int(counts.max()) <= TILE_ROWS
-    blocks = torch.full_like(counts, TILE_ROWS) if masked else (counts + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    blocks = (
+        torch.full_like(counts, TILE_ROWS) if masked else (counts + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    )
     num_rows = int(blocks.sum())
     owners = torch.arange(num_experts, device=counts.device, dtype=torch.int32).repeat_interleave(blocks)
     expected = max(1, case.experts.numel() // num_experts)

@@ -73,10 +73,34 @@ def test_selecting_twice_gives_the_same(ops: ModuleType) -> None:
     assert torch.equal(first, second)
 
 
+def angles(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    turned = (torch.rand(rows, 1, 32) * 1000).to(DEVICE)
+    return turned.cos(), turned.sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [2, 65])
-def test_hadamard(ops: ModuleType, heads: int) -> None:
-    x = torch.randn(5, heads, 128, dtype=torch.bfloat16, device=DEVICE)
-    assert difference(ops.hadamard(x), reference.hadamard(x)) < 1e-6
+def test_turned_queries(ops: ModuleType, heads: int, dtype: torch.dtype) -> None:
+    projected = torch.randn(5, heads * 128 + 64).to(DEVICE, dtype)
+    queries = projected[:, 64:].unflatten(1, (heads, 128))
+    rope = angles(5)
+    turned, expected = (back_end.rotate_index_queries(queries, *rope) for back_end in (ops, reference))
+    assert turned.dtype == dtype
+    assert difference(turned, expected) < (1e-5 if dtype == torch.bfloat16 else 1e-12)
+
+
+def test_turned_keys_are_cached(ops: ModuleType) -> None:
+    projected = torch.randn(20, 320).to(DEVICE, torch.bfloat16)
+    weight, bias = (torch.rand(128) + 0.5).to(DEVICE), torch.randn(128).to(DEVICE)
+    slots, rope = torch.randperm(192)[:20].to(DEVICE), angles(20)
+    caches = []
+    for back_end in (ops, reference):
+        pages = torch.zeros(3, FP8.index_page_bytes, dtype=torch.uint8, device=DEVICE)
+        back_end.rotate_index_keys(projected[:, 128:256], weight, bias, 1e-6, *rope, pages, slots, FP8)
+        caches.append(reference.read_index_keys(pages, torch.arange(192, device=DEVICE), FP8))
+    # Another order of additions: a number at the border of two codes may fall to the other side.
+    assert (caches[0] != caches[1]).float().mean() < 1e-2
+    torch.testing.assert_close(*caches, rtol=0.13, atol=0.01)
 
 
 def test_written_keys_have_the_bytes_of_the_reference(ops: ModuleType) -> None:

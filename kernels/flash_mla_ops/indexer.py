@@ -113,4 +113,3 @@ def _ragged_scores(
         clean_logits=False,
         max_seqlen_k=max_length,
     )
-

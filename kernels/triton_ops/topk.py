@@ -39,8 +39,9 @@ class Plan(NamedTuple):
         tile = min(TILE, groups)
         wanted = triton.next_power_of_2(max(PROGRAMS // max(num_rows, 1), 1))
         parts = min(wanted, triton.next_power_of_2(triton.cdiv(max(width, 1), tile)))
-        # A list for the whole row takes all ties that may be chosen, and as many better ones again.
-        capacity = groups // 2 if parts == 1 else min(groups // 2, triton.cdiv(width, parts * tile) * tile)
+        # A list takes all ties that may be chosen, and as many better ones again. Its size does not follow the row's, or the
+        # kernels would be compiled for every length.
+        capacity = groups // 2
         slices = max(min(wanted, groups // MIN_SLICE), groups // tile)
         return cls(groups, slices, parts, capacity, tile)
 
@@ -193,7 +194,7 @@ def _places(keys, threshold, better, ties, rest):
     return chosen, places, better + (total & 0xFFFF), ties + (total >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride"])
 def _group_kernel(
     scores,
     lengths,
@@ -219,7 +220,7 @@ def _group_kernel(
         tl.store(best + row * GROUPS + columns, tl.max(keys, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride"])
 def _list_kernel(
     scores,
     lengths,
@@ -355,7 +356,7 @@ def _pick_best(
         first += CHUNK
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_stride", "table_stride"])
 def _pick_kernel(
     scores,
     lengths,
