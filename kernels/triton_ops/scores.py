@@ -142,7 +142,7 @@ def _quantize_kernel(
     tl.store(factors + pair, weight * scale, mask=exists)
 
 
-@triton.jit(do_not_specialize=["first", "end", "table_stride", "out_stride", "span"])
+@triton.jit(do_not_specialize=["first", "end", "table_stride"])
 def _score_kernel(
     q,
     factors,

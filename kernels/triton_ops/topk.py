@@ -194,7 +194,7 @@ def _places(keys, threshold, better, ties, rest):
     return chosen, places, better + (total & 0xFFFF), ties + (total >> 16)
 
 
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit
 def _group_kernel(
     scores,
     lengths,
@@ -220,7 +220,7 @@ def _group_kernel(
         tl.store(best + row * GROUPS + columns, tl.max(keys, 0))
 
 
-@triton.jit(do_not_specialize=["row_stride"])
+@triton.jit
 def _list_kernel(
     scores,
     lengths,
@@ -356,7 +356,7 @@ def _pick_best(
         first += CHUNK
 
 
-@triton.jit(do_not_specialize=["row_stride", "table_stride"])
+@triton.jit(do_not_specialize=["table_stride"])
 def _pick_kernel(
     scores,
     lengths,
