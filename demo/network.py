@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workers.layers import LAYER_NORM_EPS
+from kernels.reference.rope import rotate_halves, rotate_neighbours
+from workers.layers import LayerNorm
 from workers.model_config import ModelConfig
-from workers.rope import Rope, RopeTable, rotate_halves, rotate_neighbours
+from workers.rope import Rope, RopeTable
 
 INIT_STD = 0.02
 
@@ -72,7 +73,7 @@ class Indexer(nn.Module):
         self._heads, self._dim = config.index_n_heads, config.index_head_dim
         self.wq_b = _linear(config.q_lora_rank, self._heads * self._dim)
         self.wk = _linear(config.hidden_size, self._dim)
-        self.k_norm = nn.LayerNorm(self._dim, eps=LAYER_NORM_EPS)
+        self.k_norm = nn.LayerNorm(self._dim, eps=LayerNorm.eps)
         self.weights_proj = _linear(config.hidden_size, self._heads)
 
     def forward(

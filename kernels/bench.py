@@ -95,7 +95,7 @@ def measure(maker: Maker, setting: Setting, ceilings: Ceilings) -> Iterator[dict
 
 def _measured(problem: Problem, call: Call, setting: Setting, ceilings: Ceilings) -> dict[str, Any]:
     error = problem.error(call(0))
-    time = microseconds(call, problem.sets, setting.device)
+    time = microseconds(call, problem.sets, setting.device, replayed=problem.replayed)
     least, by_arithmetic = ceilings.seconds(problem.flop, problem.flop_kind, problem.bytes)
     return {
         "us": time,

@@ -64,6 +64,7 @@ class Problem:
     calls: dict[str, Call]
     sets: int
     error: Callable[[Any], float]
+    replayed: bool = True  # whether a CUDA graph can hold the calls; where they are short, one does
 
 
 Maker = Callable[[], Problem]

@@ -1,7 +1,7 @@
 """Problems for matrix products with block-FP8 weights: linear layers and routed experts, with DeepGEMM and torch beside them."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from kernels.testing import ExpertsCase, LinearCase, difference, make_experts_ca
 
 CHECKED_ROWS = 64
 CHECKED_TOKENS = 4
+TILE_ROWS = 128  # of DeepGEMM's grouped products
 ROWS = (1, 16, 64, 128, 1024, 8192)
 SHAPES = (
     (7168, 16384),
@@ -153,22 +154,35 @@ def _expert_mlp(ops: Ops, case: ExpertsCase) -> Call:
 
 
 def _deep_gemm_experts(setting: Setting, case: ExpertsCase) -> Call:
-    """The two products alone, on rows that are quantised and in their places."""
-    from kernels.flash_mla_ops import experts as adapter  # it needs the packages
-
-    num_experts, slabs = len(case.down), len(case.x) <= adapter.SLAB_TOKENS
-    places = adapter.place(case.experts, num_experts, slab=len(case.x) if slabs else None)
-    picks = case.experts.shape[1]
-    num_rows = num_experts * len(case.x) if slabs else adapter.most_rows(case.experts.numel(), num_experts)
-    rows = adapter.scatter(*reference.quantize_blocks(case.x), places.rows, num_rows, picks)
-    inner = reference.quantize_blocks(case.x[:, : case.down.shape[2]].contiguous())
-    inner_rows = adapter.scatter(*inner, places.rows, num_rows, picks)
-    gate_up = case.gate_up.flatten(1, 2), case.gate_up_scale.flatten(1, 2)
+    """The two products alone, on rows that are quantised and in their places: each expert's in a block of whole tiles."""
+    assert setting.deep_gemm is not None
+    package, num_experts = setting.deep_gemm, len(case.down)
+    counts = case.experts.flatten().bincount(minlength=num_experts)
+    masked = int(counts.max()) <= TILE_ROWS
+    blocks = (
+        torch.full_like(counts, TILE_ROWS) if masked else (counts + TILE_ROWS - 1) // TILE_ROWS * TILE_ROWS
+    )
+    num_rows = int(blocks.sum())
+    owners = torch.arange(num_experts, device=counts.device, dtype=torch.int32).repeat_interleave(blocks)
     expected = max(1, case.experts.numel() // num_experts)
 
+    def product(channels: int, weight: torch.Tensor, scale: torch.Tensor) -> Callable[[], None]:
+        rows = torch.randn(num_rows, channels, dtype=torch.bfloat16, device=counts.device)
+        out = torch.empty(num_rows, weight.shape[1], dtype=torch.bfloat16, device=counts.device)
+        quantized = reference.quantize_blocks(rows)
+        if not masked:
+            return lambda: package.m_grouped_fp8_gemm_nt_contiguous(quantized, (weight, scale), out, owners)
+        values, scales, target = (part.unflatten(0, (num_experts, -1)) for part in (*quantized, out))
+        return lambda: package.m_grouped_fp8_gemm_nt_masked(
+            (values, scales), (weight, scale), target, counts.int(), expected
+        )
+
+    first = product(case.x.shape[1], case.gate_up.flatten(1, 2), case.gate_up_scale.flatten(1, 2))
+    second = product(case.down.shape[2], case.down, case.down_scale)
+
     def call(_: int) -> None:
-        adapter.multiply(rows, gate_up, places, slabs, expected)
-        adapter.multiply(inner_rows, (case.down, case.down_scale), places, slabs, expected)
+        first()
+        second()
 
     return call
 

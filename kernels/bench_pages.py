@@ -39,6 +39,7 @@ def _pack(setting: Setting, *, layers: int, num_pages: int, shipped: int) -> Pro
         calls=calls,
         sets=sets,
         error=functools.partial(_pack_error, reference.pack_pages(pages, (0, layers), page_ids[0])),
+        replayed=False,
     )
 
 

@@ -106,10 +106,6 @@ class Ops(Protocol):
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor, QuantizedRows]: ...
 
-    def layer_norm(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float
-    ) -> torch.Tensor: ...
-
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor: ...
 
     def swiglu_quantized(self, gate: torch.Tensor, up: torch.Tensor) -> QuantizedRows: ...
@@ -144,7 +140,22 @@ class Ops(Protocol):
         num_blocks: int = 1,
     ) -> torch.Tensor: ...
 
-    def hadamard(self, x: torch.Tensor) -> torch.Tensor: ...
+    def rotate_index_keys(
+        self,
+        keys: torch.Tensor,
+        norm_weight: torch.Tensor,
+        norm_bias: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        pages: torch.Tensor,
+        slots: torch.Tensor,
+        layout: CacheLayout,
+    ) -> None: ...
+
+    def rotate_index_queries(
+        self, queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> torch.Tensor: ...
 
     def write_latents(
         self,

@@ -24,7 +24,6 @@ from kernels.testing import (
     Case,
     difference,
     make_case,
-    make_experts_case,
     make_linear_case,
     spread_slots,
 )
@@ -164,30 +163,6 @@ def test_matrices_that_deep_gemm_cannot_read_are_refused(adapters: ModuleType) -
     case = make_linear_case(1, 24, 136, device=DEVICE)
     with pytest.raises(ValueError, match=r"\[24, 136\], but DeepGEMM takes multiples of 16"):
         adapters.prepare_fp8_weight(case.weight, case.scale_inv)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "slab_tokens"),
-    [(1, 128), (40, 128), (200, 128)] if ON_GPU else [(1, 128), (4, 128), (4, 0)],
-    ids=["one", "slabs", "blocks"],
-)
-def test_experts(
-    adapters: ModuleType, monkeypatch: pytest.MonkeyPatch, tokens: int, slab_tokens: int
-) -> None:
-    monkeypatch.setattr(adapters.experts, "SLAB_TOKENS", slab_tokens)
-    sizes = (16, 4, 512, 256) if ON_GPU else (4, 2, 128, 128)
-    case = make_experts_case(tokens, *sizes, dtype=torch.bfloat16, device=DEVICE)
-    matrices = case.gate_up, case.gate_up_scale, case.down, case.down_scale
-    case.experts[0, 1:] = torch.tensor([16, -1, 100], device=DEVICE)[: sizes[1] - 1]  # another rank's
-    start = torch.randn_like(case.x)
-    expected = reference.expert_mlp(
-        case.x.float(), case.experts, case.weights, reference.prepare_experts(*matrices), start
-    )
-    prepared = adapters.prepare_experts(*matrices)
-    actual = adapters.expert_mlp(case.x, case.experts, case.weights, prepared, start)
-    assert actual.dtype == torch.float32
-    assert difference(actual, expected) < 1e-4
-    assert torch.equal(actual, adapters.expert_mlp(case.x, case.experts, case.weights, prepared, start))
 
 
 @pytest.mark.gpu

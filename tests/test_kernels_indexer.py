@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from kernels.layout import CacheLayout
 from kernels.reference import (
     dequantize_blocks,
-    hadamard,
     index_scores,
     indexer,
     quantize_blocks,
@@ -20,6 +19,7 @@ from kernels.reference import (
     top_k,
     write_index_keys,
 )
+from kernels.reference.indexer import hadamard
 from kernels.rows import Rows
 from kernels.testing import LAYOUTS, Case, make_case
 

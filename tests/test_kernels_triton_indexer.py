@@ -31,41 +31,6 @@ def case_of(contexts: list[int], queries: list[int], heads: int) -> Case:
     return make_case(contexts, queries, heads=1, index_heads=heads, dtype=torch.bfloat16, device=DEVICE)
 
 
-def traps(rows: int, width: int, topk: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and lengths that wrong code trips over."""
-    generator = torch.Generator().manual_seed(width)
-    scores = torch.randn(rows, width, generator=generator)
-    lengths = torch.tensor([0, 1, 63, 64, 65, topk, topk + 1, width - 3, width, width, width, width])[
-        :rows
-    ].clamp(max=width)
-    scores[0::7] = 0.5  # all the same
-    scores[1::7] = torch.randint(-1, 2, (len(scores[1::7]), width), generator=generator).float()
-    scores[2::7, ::2], scores[2::7, 1::2] = 0.0, -0.0
-    scores[3::7, 5:9] = torch.nan
-    scores[4::7, :3] = torch.tensor([torch.inf, -torch.inf, -1e-40])
-    hidden = torch.arange(width) >= lengths.unsqueeze(1)
-    return scores.masked_fill(hidden, torch.nan).to(DEVICE), lengths.to(DEVICE)
-
-
-SIZES = [
-    (700, 64),
-    (4200, 64),
-    (9000, 2048),
-    pytest.param(131_072, 2048, marks=gpu),
-    pytest.param(2**20, 2048, marks=gpu),
-]
-
-
-@pytest.mark.parametrize(("width", "topk"), SIZES)
-def test_top_k_has_the_bits_of_the_reference(ops: ModuleType, width: int, topk: int) -> None:
-    scores, lengths = traps(12, width, topk)
-    expected = reference.top_k(scores, lengths, topk)
-    assert torch.equal(ops.top_k(scores, lengths, topk), expected)
-    padded = torch.full((12, width + 64), torch.nan, device=DEVICE)
-    padded[:, :width] = scores
-    assert torch.equal(ops.top_k(padded[:, :width], lengths, topk), expected)
-
-
 CASES = [
     ([700, 65, 30], [5, 2, 3], 4),
     ([300, 400], [1, 1], 16),
@@ -108,10 +73,34 @@ def test_selecting_twice_gives_the_same(ops: ModuleType) -> None:
     assert torch.equal(first, second)
 
 
+def angles(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    turned = (torch.rand(rows, 1, 32) * 1000).to(DEVICE)
+    return turned.cos(), turned.sin()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("heads", [2, 65])
-def test_hadamard(ops: ModuleType, heads: int) -> None:
-    x = torch.randn(5, heads, 128, dtype=torch.bfloat16, device=DEVICE)
-    assert difference(ops.hadamard(x), reference.hadamard(x)) < 1e-6
+def test_turned_queries(ops: ModuleType, heads: int, dtype: torch.dtype) -> None:
+    projected = torch.randn(5, heads * 128 + 64).to(DEVICE, dtype)
+    queries = projected[:, 64:].unflatten(1, (heads, 128))
+    rope = angles(5)
+    turned, expected = (back_end.rotate_index_queries(queries, *rope) for back_end in (ops, reference))
+    assert turned.dtype == dtype
+    assert difference(turned, expected) < (1e-5 if dtype == torch.bfloat16 else 1e-12)
+
+
+def test_turned_keys_are_cached(ops: ModuleType) -> None:
+    projected = torch.randn(20, 320).to(DEVICE, torch.bfloat16)
+    weight, bias = (torch.rand(128) + 0.5).to(DEVICE), torch.randn(128).to(DEVICE)
+    slots, rope = torch.randperm(192)[:20].to(DEVICE), angles(20)
+    caches = []
+    for back_end in (ops, reference):
+        pages = torch.zeros(3, FP8.index_page_bytes, dtype=torch.uint8, device=DEVICE)
+        back_end.rotate_index_keys(projected[:, 128:256], weight, bias, 1e-6, *rope, pages, slots, FP8)
+        caches.append(reference.read_index_keys(pages, torch.arange(192, device=DEVICE), FP8))
+    # Another order of additions: a number at the border of two codes may fall to the other side.
+    assert (caches[0] != caches[1]).float().mean() < 1e-2
+    torch.testing.assert_close(*caches, rtol=0.13, atol=0.01)
 
 
 def test_written_keys_have_the_bytes_of_the_reference(ops: ModuleType) -> None:

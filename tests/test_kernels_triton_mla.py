@@ -12,6 +12,7 @@ from exact_interpreter import prepare
 
 from kernels import reference
 from kernels.layout import CacheLayout
+from kernels.reference.rope import rotate_neighbours
 from kernels.rows import Rows
 from kernels.testing import LAYOUTS, SOFTMAX_SCALE, Case, difference, make_case
 
@@ -227,7 +228,6 @@ def test_latents_are_rotated_and_written(ops: ModuleType, rows: int, heads: int)
 
 def test_reference_rotates_latents_as_its_parts_do() -> None:
     from workers.layers import RMSNorm
-    from workers.rope import rotate_neighbours
 
     query, latent, key = torch.randn(5, 3, 64), torch.randn(5, 512), torch.randn(5, 64)
     weight, angles, slots = torch.rand(512), torch.rand(5, 1, 32) * 1000, torch.randperm(64)[:5]

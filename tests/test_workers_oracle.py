@@ -10,12 +10,12 @@ import torch
 from oracle import Oracle
 
 import kernels.reference.cache
+import kernels.reference.indexer
+from kernels.reference.rope import rotate_halves, rotate_neighbours
 from kernels.rows import Rows
-from workers import attention
 from workers.config import EngineConfig
 from workers.model import Model, load_model
 from workers.paged_cache import PagedCache
-from workers.rope import rotate_halves, rotate_neighbours
 from workers.tiny import write_tiny
 
 TOPK = 64
@@ -126,7 +126,7 @@ def test_greedy_decoding(model: Model, oracle: Oracle, tokens: list[int]) -> Non
 def test_a_short_prompt_cannot_see_a_wrong_indexer_rope_but_a_long_one_can(
     model: Model, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "rotate_halves", rotate_neighbours)
+    monkeypatch.setattr(kernels.reference.indexer, "rotate_halves", rotate_neighbours)
     assert_same(run(model, [SHORT])[0], oracle.logits(SHORT))
     wrong = (run(model, [MIDDLE])[0] - oracle.logits(MIDDLE)).abs().amax(-1)
     assert wrong[:TOPK].max() < TOLERANCE
@@ -136,5 +136,5 @@ def test_a_short_prompt_cannot_see_a_wrong_indexer_rope_but_a_long_one_can(
 def test_a_wrong_attention_rope_shows_at_once(
     model: Model, oracle: Oracle, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels.reference.cache, "_rotate_neighbours", rotate_halves)
+    monkeypatch.setattr(kernels.reference.cache, "rotate_neighbours", rotate_halves)
     assert (run(model, [SHORT])[0] - oracle.logits(SHORT)).abs().amax(-1)[1:].median() > 0.1

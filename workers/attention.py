@@ -16,7 +16,7 @@ from kernels.rows import Rows
 from workers.cache_rows import CacheRows
 from workers.group import Group
 from workers.model_config import ModelConfig
-from workers.rope import Rope, rotate_halves
+from workers.rope import Rope
 from workers.weights import Weights
 
 QUERY_TILE = 64
@@ -36,12 +36,14 @@ class Indexer:
 
     def write(self, key: torch.Tensor, rope: Rope, slots: torch.Tensor, pages: torch.Tensor) -> None:
         """key [T, dim] as projected."""
-        rotated = self._rotate(self._key_norm(key).unsqueeze(1), rope).squeeze(1)
-        self._ops.write_index_keys(pages, slots, rotated, self._layout)
+        norm = self._key_norm
+        self._ops.rotate_index_keys(key, norm.weight, norm.bias, norm.eps, *rope, pages, slots, self._layout)
 
     def queries(self, x: torch.Tensor, query: torch.Tensor, rope: Rope) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, D], query [T, heads x dim] as projected -> what `select` takes; reads no page."""
-        rotated = self._rotate(query.unflatten(-1, (-1, self._config.index_head_dim)), rope)
+        rotated = self._ops.rotate_index_queries(
+            query.unflatten(-1, (-1, self._config.index_head_dim)), *rope
+        )
         return rotated, self._ops.linear(x, self._weights, torch.float32) * self._weight_scale
 
     def select(
@@ -49,12 +51,6 @@ class Indexer:
     ) -> torch.Tensor:
         """Slots int32 [T, topk] by position, -1 padded."""
         return self._ops.select_tokens(query, weights, pages, rows, self._config.index_topk, self._layout)
-
-    def _rotate(self, x: torch.Tensor, rope: Rope) -> torch.Tensor:
-        """[T, heads, dim]: RoPE on the first channels (MLA has it on the last), then Hadamard."""
-        rope_dim = self._config.qk_rope_head_dim
-        roped = rotate_halves(x[..., :rope_dim], *rope)
-        return self._ops.hadamard(torch.cat((roped, x[..., rope_dim:]), dim=-1))
 
 
 class Attention:

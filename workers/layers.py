@@ -6,8 +6,6 @@ import torch
 
 from kernels.dispatch import Fp8Weight, Ops, QuantizedRows
 
-LAYER_NORM_EPS = 1e-6  # of the indexer keys; not in config.json
-
 
 @dataclass(frozen=True)
 class Linear:
@@ -62,14 +60,11 @@ class RMSNorm:
 
 @dataclass(frozen=True)
 class LayerNorm:
-    """weight and bias fp32 [D]. Computed in fp32, cast last."""
+    """weight and bias fp32 [D], of the indexer's keys. What turns the keys also norms them."""
 
     weight: torch.Tensor
     bias: torch.Tensor
-    ops: Ops
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, LAYER_NORM_EPS)
+    eps: float = 1e-6  # not in config.json
 
 
 @dataclass(frozen=True)

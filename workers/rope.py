@@ -1,8 +1,4 @@
-"""Rotary position embeddings: one YaRN frequency table, two ways of pairing channels. Knows nothing of heads or caches.
-
-MLA pairs neighbours (2i, 2i+1); the indexer pairs halves (i, i + 32). They agree at position 0 only, and swapping them goes
-unnoticed in contexts of up to top-k tokens.
-"""
+"""Rotary position embeddings: one YaRN frequency table. Knows nothing of heads, caches, or which channels are pairs."""
 
 import math
 
@@ -57,15 +53,3 @@ def frequencies(dim: int, theta: float, scaling: YarnScaling | None) -> torch.Te
     ramp = (torch.arange(dim // 2, dtype=torch.float32) - low) / max(high - low, 0.001)
     slowed = ramp.clamp(0, 1)
     return inverse / scaling.factor * slowed + inverse * (1 - slowed)
-
-
-def rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, heads, dim] -> same shape and dtype; pairs (2i, 2i+1), computed in fp32. For MLA queries and keys."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
-
-
-def rotate_halves(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, heads, dim] -> same shape and dtype; pairs (i, i + dim/2), computed in fp32. For indexer queries and keys."""
-    first, second = x.float().chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)

@@ -1,5 +1,6 @@
 """What every rank of a worker has: its share of the model, its caches, and a runner. Knows nothing of requests."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from kernels import dispatch
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
+from kernels.rows import Rows
 from workers import memory
 from workers.config import EngineConfig
 from workers.graphs import DecodeGraphs
@@ -51,11 +53,34 @@ def load_shard(model: Path, config: EngineConfig, group: Group = ALONE, *, ops: 
     cache = PagedCache(
         loaded.layout, num_layers=num_layers, num_pages=num_pages + spare, device=config.device
     )
+    context = max_context(loaded.config, config, num_pages)
+    if on_gpu:
+        warm_selection(loaded, cache, max_rows=config.max_batched_tokens, max_context=context)
     graphs = None
     if on_gpu and not group.shares_rows and _can_be_recorded(loaded.ops):
-        context = max_context(loaded.config, config, num_pages)
         graphs = DecodeGraphs(loaded, cache, max_rows=config.max_running, max_context=context)
     return Shard(loaded, cache, Runner(loaded, cache, graphs), num_pages)
+
+
+def warm_selection(model: Model, cache: PagedCache, *, max_rows: int, max_context: int) -> None:
+    """Selects once for every order of magnitude of rows and context. Few rows of a long context are divided otherwise than many
+    of a short one, by kernels of their own, and the first request that needs one would wait until it is compiled."""
+    config, device = model.config, model.device
+    for width, count in itertools.product(_doublings(max_context // PAGE_SIZE), _doublings(max_rows)):
+        if width * PAGE_SIZE < count:
+            continue
+        positions = torch.arange(width * PAGE_SIZE - count, width * PAGE_SIZE, device=device)
+        rows = Rows.of((0, count), positions, torch.zeros(1, width, dtype=torch.int32, device=device))
+        queries = torch.zeros(
+            count, config.index_n_heads, config.index_head_dim, dtype=model.dtype, device=device
+        )
+        weights = torch.zeros(count, config.index_n_heads, device=device)
+        model.ops.select_tokens(queries, weights, cache.index[0], rows, config.index_topk, model.layout)
+
+
+def _doublings(largest: int) -> list[int]:
+    """1, 2, 4, ... and the largest."""
+    return [1 << i for i in range(largest.bit_length()) if 1 << i < largest] + [largest]
 
 
 def _can_be_recorded(ops: Ops) -> bool:

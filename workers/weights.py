@@ -245,7 +245,7 @@ class Weights:
 
     def layer_norm(self, name: str, size: int) -> LayerNorm:
         weight, bias = (self.vector(f"{name}.{part}", size) for part in ("weight", "bias"))
-        return LayerNorm(weight, bias, self.ops)
+        return LayerNorm(weight, bias)
 
     def mlp(self, hidden_size: int, intermediate_size: int) -> MLP:
         return MLP(

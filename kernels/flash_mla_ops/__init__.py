@@ -7,16 +7,13 @@ import torch
 
 from kernels.dispatch import Sizes
 from kernels.flash_mla_ops.attention import sparse_mla
-from kernels.flash_mla_ops.experts import expert_mlp, prepare_experts
 from kernels.flash_mla_ops.indexer import index_scores, select_tokens
 from kernels.flash_mla_ops.linear import fp8_linear, prepare_fp8_weight
 from kernels.layout import CacheLayout
 
 __all__ = [
-    "expert_mlp",
     "fp8_linear",
     "index_scores",
-    "prepare_experts",
     "prepare_fp8_weight",
     "select_tokens",
     "sparse_mla",

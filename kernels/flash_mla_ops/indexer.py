@@ -7,7 +7,8 @@ import torch
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
-from kernels.triton_ops import quantize_blocks, top_k
+from kernels.triton_ops import quantize_blocks
+from kernels.triton_ops.topk import top_k_slots
 
 SCORE_BYTES = 2**29  # scores held at a time; one row always passes
 PAGED_ROWS = 2  # rows of a request up to which its keys are read where they are
@@ -37,8 +38,7 @@ def select_tokens(
             )
         else:
             scores = _ragged_scores(values[chunk], factors[chunk], keys, owners, lengths, max_length)
-        picks = top_k(scores, lengths, topk)
-        selected[chunk] = _slots(picks, rows.page_table, owners)
+        selected[chunk] = top_k_slots(scores, lengths, topk, rows.page_table, owners)
     return selected
 
 
@@ -113,9 +113,3 @@ def _ragged_scores(
         clean_logits=False,
         max_seqlen_k=max_length,
     )
-
-
-def _slots(picks: torch.Tensor, page_table: torch.Tensor, owners: torch.Tensor) -> torch.Tensor:
-    """Positions int32 [t, topk] -> physical slots of the request that owns each row; -1 stays."""
-    pages = page_table[owners.unsqueeze(1), picks.clamp(min=0) // PAGE_SIZE]
-    return (pages * PAGE_SIZE + picks % PAGE_SIZE).masked_fill_(picks < 0, -1)

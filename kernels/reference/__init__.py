@@ -9,13 +9,17 @@ from kernels.reference.cache import (
 )
 from kernels.reference.experts import expert_mlp, prepare_experts
 from kernels.reference.gate import choose_experts
-from kernels.reference.indexer import hadamard, index_scores, select_tokens
+from kernels.reference.indexer import (
+    index_scores,
+    rotate_index_keys,
+    rotate_index_queries,
+    select_tokens,
+)
 from kernels.reference.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
 from kernels.reference.mla import dense_mla, sparse_mla
 from kernels.reference.norm import (
     add_rms_norm,
     add_rms_norm_quantized,
-    layer_norm,
     rms_norm,
     swiglu,
     swiglu_quantized,
@@ -39,10 +43,8 @@ __all__ = [
     "dequantize_weight",
     "expert_mlp",
     "fp8_linear",
-    "hadamard",
     "head_linear",
     "index_scores",
-    "layer_norm",
     "linear",
     "pack_pages",
     "prepare_experts",
@@ -52,6 +54,8 @@ __all__ = [
     "read_index_keys",
     "read_latents",
     "rms_norm",
+    "rotate_index_keys",
+    "rotate_index_queries",
     "rotate_latents",
     "select_tokens",
     "sparse_mla",

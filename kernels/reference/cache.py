@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.quant import dequantize_blocks, quantize_blocks
+from kernels.reference.rope import rotate_neighbours
 
 LATENTS_AT_ONCE = 512  # what is computed on the way to them stays in the CPU's cache
 
@@ -46,9 +47,9 @@ def rotate_latents(
     Returns the roped query_pe in its dtype. MLA pairs neighbouring channels (2i, 2i+1), in fp32.
     """
     normed = F.rms_norm(latent.float(), norm_weight.shape, norm_weight, eps).to(latent.dtype)
-    roped_key = _rotate_neighbours(key_pe.unsqueeze(1), cos, sin).squeeze(1)
+    roped_key = rotate_neighbours(key_pe.unsqueeze(1), cos, sin).squeeze(1)
     write_latents(pages, slots, normed, roped_key, layout)
-    return _rotate_neighbours(query_pe, cos, sin)
+    return rotate_neighbours(query_pe, cos, sin)
 
 
 def write_index_keys(
@@ -93,12 +94,6 @@ def read_index_pages(pages: torch.Tensor, page_ids: torch.Tensor, layout: CacheL
     if layout.quantized:
         return dequantize_blocks(keys.view(torch.float8_e4m3fn), _index_scales(taken, layout))
     return keys.view(torch.float32)
-
-
-def _rotate_neighbours(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """[T, heads, rope_dim] -> same shape and dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2).to(x.dtype)
 
 
 def _take(table: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:

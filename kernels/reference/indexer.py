@@ -13,9 +13,11 @@ import torch
 import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
-from kernels.reference.cache import read_index_pages
+from kernels.reference.cache import read_index_pages, write_index_keys
 from kernels.reference.linear import blocked_bmm
+from kernels.reference.norm import layer_norm
 from kernels.reference.quant import dequantize_blocks, quantize_blocks
+from kernels.reference.rope import rotate_halves
 from kernels.reference.topk import BLOCK, top_k_in_blocks
 from kernels.rows import Rows
 
@@ -50,6 +52,35 @@ def hadamard(x: torch.Tensor) -> torch.Tensor:
         out = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         half *= 2
     return (out * dim**-0.5).to(x.dtype)
+
+
+def rotate_index_keys(
+    keys: torch.Tensor,
+    norm_weight: torch.Tensor,
+    norm_bias: torch.Tensor,
+    eps: float,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: torch.Tensor,
+    slots: torch.Tensor,
+    layout: CacheLayout,
+) -> None:
+    """Everything between the projection of the indexer's keys and its scores: norm, RoPE, Hadamard transform, and their cache.
+
+    keys:                  [T, index_dim] as projected, a strided view too
+    norm_weight, norm_bias: fp32 [index_dim] of the LayerNorm, which is computed in fp32 and cast last
+    cos, sin:              fp32 [T, 1, rope_dim / 2], of each row's position; the first rope_dim channels are turned, by halves
+    slots:                 int64 [T], valid and distinct: where each row's key goes
+    """
+    normed = layer_norm(keys, norm_weight, norm_bias, eps)
+    write_index_keys(pages, slots, rotate_index_queries(normed.unsqueeze(1), cos, sin).squeeze(1), layout)
+
+
+def rotate_index_queries(queries: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """queries [T, H, index_dim] as projected, a strided view too -> the same turned as keys are, and Hadamard-transformed."""
+    rope_dim = 2 * cos.shape[-1]
+    roped = rotate_halves(queries[..., :rope_dim], cos, sin)
+    return hadamard(torch.cat((roped, queries[..., rope_dim:]), dim=-1))
 
 
 def select_tokens(

@@ -4,9 +4,10 @@ from kernels.triton_ops.cache import read_latents, rotate_latents, write_latents
 from kernels.triton_ops.experts import expert_mlp, prepare_experts
 from kernels.triton_ops.gate import choose_experts
 from kernels.triton_ops.indexer import (
-    hadamard,
     index_scores,
     read_index_keys,
+    rotate_index_keys,
+    rotate_index_queries,
     select_tokens,
     write_index_keys,
 )
@@ -15,7 +16,6 @@ from kernels.triton_ops.mla import dense_mla, sparse_mla
 from kernels.triton_ops.norm import (
     add_rms_norm,
     add_rms_norm_quantized,
-    layer_norm,
     rms_norm,
     swiglu,
     swiglu_quantized,
@@ -24,17 +24,6 @@ from kernels.triton_ops.quant import dequantize_blocks, dequantize_weight, quant
 from kernels.triton_ops.topk import top_k
 
 __all__ = [
-    "hadamard",
-    "index_scores",
-    "read_index_keys",
-    "select_tokens",
-    "top_k",
-    "write_index_keys",
-    "dense_mla",
-    "read_latents",
-    "rotate_latents",
-    "sparse_mla",
-    "write_latents",
     "add_rms_norm",
     "add_rms_norm_quantized",
     "choose_experts",
@@ -44,17 +33,23 @@ __all__ = [
     "expert_mlp",
     "fp8_linear",
     "head_linear",
-    "layer_norm",
+    "index_scores",
     "linear",
     "prepare_experts",
     "prepare_fp8_weight",
     "quantize_blocks",
     "quantize_weight",
+    "read_index_keys",
     "read_latents",
     "rms_norm",
+    "rotate_index_keys",
+    "rotate_index_queries",
     "rotate_latents",
+    "select_tokens",
     "sparse_mla",
     "swiglu",
     "swiglu_quantized",
+    "top_k",
+    "write_index_keys",
     "write_latents",
 ]

@@ -48,23 +48,6 @@ def _rms_norm_kernel(
 
 
 @triton.jit
-def _layer_norm_kernel(x_ptr, weight_ptr, bias_ptr, out_ptr, channels, eps, stride, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    mask = columns < channels
-    x = tl.load(x_ptr + row * stride + columns, mask=mask, other=0.0).to(tl.float32)
-    centred = tl.where(mask, x - tl.sum(x, 0) / channels, 0.0)
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / channels + eps)
-    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0)
-    bias = tl.load(bias_ptr + columns, mask=mask, other=0.0)
-    tl.store(
-        out_ptr + row * channels + columns,
-        (centred * scale * weight + bias).to(out_ptr.dtype.element_ty),
-        mask=mask,
-    )
-
-
-@triton.jit
 def _swiglu_kernel(
     gate_ptr,
     up_ptr,
@@ -153,19 +136,6 @@ def _rms_norm(
         QUANTIZE=rows is not None,
         num_warps=min(8, max(1, blocks // 8)),
     )
-
-
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float) -> torch.Tensor:
-    num_rows, channels = x.shape
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if num_rows:
-        _check_rows(x)
-        block = triton.next_power_of_2(channels)
-        warps = min(8, max(1, block // 1024))
-        _layer_norm_kernel[(num_rows,)](
-            x, weight, bias, out, channels, eps, x.stride(0), BLOCK=block, num_warps=warps
-        )
-    return out
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

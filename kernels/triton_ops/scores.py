@@ -33,8 +33,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-MANY = Tile(rows=2, keys=128, warps=8, stages=3)  # prefill: products bound it
-FEW = Tile(rows=1, keys=128, warps=4, stages=4)  # decode: reading the keys bounds it
+MANY = Tile(rows=2, keys=128, warps=4, stages=2)  # prefill: products bound it
+FEW = Tile(rows=1, keys=128, warps=4, stages=5)  # decode: reading the keys bounds it
 
 
 def quantized_queries(q: torch.Tensor, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,12 +103,12 @@ def fill_scores(
         rows.page_table.stride(0),
         out.stride(0),
         unless_at_most,
+        span,
         HEADS=columns,
         DIM=dim,
         PAGE_BYTES=layout.index_page_bytes,
         ROWS=tile.rows,
         KEYS=tile.keys,
-        SPAN=span,
         STAGES=tile.stages,
         num_warps=tile.warps,
     )
@@ -142,7 +142,7 @@ def _quantize_kernel(
     tl.store(factors + pair, weight * scale, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first", "end", "table_stride"])
 def _score_kernel(
     q,
     factors,
@@ -159,17 +159,17 @@ def _score_kernel(
     table_stride,
     out_stride,
     unless_at_most,
+    span,
     HEADS: tl.constexpr,
     DIM: tl.constexpr,
     PAGE_BYTES: tl.constexpr,
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
-    SPAN: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """ROWS query rows and SPAN keys. Rows of several requests take turns: a page table belongs to one."""
+    """ROWS query rows and `span` keys. Rows of several requests take turns: a page table belongs to one."""
     lead = first + tl.program_id(0) * ROWS
-    begin = tl.program_id(1) * SPAN
+    begin = tl.program_id(1) * span
     row = lead + tl.arange(0, ROWS)
     owner = tl.load(owners + row, mask=row < end, other=-1)
     length = tl.load(positions + row, mask=row < end, other=-1).to(tl.int32) + 1
@@ -186,7 +186,7 @@ def _score_kernel(
         last = tl.max(owner, 0)
         while turn <= last:
             own = owner == turn
-            stop = tl.minimum(tl.max(tl.where(own, length, 0), 0), begin + SPAN)
+            stop = tl.minimum(tl.max(tl.where(own, length, 0), 0), begin + span)
             for start in tl.range(begin, stop, KEYS, num_stages=STAGES):
                 token = start + tl.arange(0, KEYS)
                 # The page table is as wide as the longest request: what a shorter one lacks is -1.

@@ -1,10 +1,12 @@
-"""Exact deterministic top-k on a GPU: highest score first, the lower position wins a tie, as `kernels.reference.topk` defines it.
+"""Exact, deterministic top-k on a GPU, as `kernels.reference.topk` defines it. Knows nothing of where scores come from.
 
-Radix select: four passes narrow the threshold by eight bits each, counting the scores that share its leading bits; then every
-part of a row writes what it keeps where the counts of the parts before it say, so positions come out in order. A row is cut
-into parts, one program each; counts are integers, so the order in which programs add them changes nothing. Knows nothing of
-where scores come from.
+A row is read twice. The first pass keeps the best score of each of a few thousand groups of positions: the topk-th best of
+those is a bound that at least topk scores reach, and that hardly more than topk exceed. The second pass writes the positions
+that reach it, in order, to a short list, on which the search for the exact threshold is cheap. Where the list does not hold
+them, because very many scores lie above the bound, the search goes over the row itself: slower, with the same result.
 """
+
+from typing import NamedTuple, Self
 
 import torch
 import triton
@@ -12,31 +14,57 @@ import triton.language as tl
 
 from kernels.layout import PAGE_SIZE
 
-BINS = 256
-PASSES = 4
-PARTS_WANTED = 132 * 4  # programs that fill an H200
-SHORTEST_PART, LONGEST_PART = 4096, 2**20
-BLOCK = 2048  # scores that a program looks at together
 PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
+NAN_KEY: tl.constexpr = tl.constexpr(0xFFFFFFFF)  # all bits: above infinity
+SIGN_BIT: tl.constexpr = tl.constexpr(0x80000000)
+PROGRAMS = 264  # that a launch should have at least, where rows are few: two on each multiprocessor
+TILE = 4096  # positions that a program reads at once
+GROUPS_PER_PICK = 4
+MIN_GROUPS = 1024
+MIN_SLICE = 128  # groups of a program: 512 contiguous bytes
+
+
+class Plan(NamedTuple):
+    """Sizes of the launches, from shapes alone."""
+
+    groups: int  # of positions, position modulo groups; also what one program selects from directly
+    slices: int  # programs that a row's groups are divided among
+    parts: int  # programs that a row's positions are divided among, and lists of a row
+    capacity: int  # entries of a list
+    tile: int
+
+    @classmethod
+    def of(cls, num_rows: int, width: int, topk: int) -> Self:
+        groups = max(GROUPS_PER_PICK * triton.next_power_of_2(topk), MIN_GROUPS)
+        tile = min(TILE, groups)
+        wanted = triton.next_power_of_2(max(PROGRAMS // max(num_rows, 1), 1))
+        parts = min(wanted, triton.next_power_of_2(triton.cdiv(max(width, 1), tile)))
+        # A list takes all ties that may be chosen, and as many better ones again. Its size does not follow the row's, or the
+        # kernels would be compiled for every length.
+        capacity = groups // 2
+        slices = max(min(wanted, groups // MIN_SLICE), groups // tile)
+        return cls(groups, slices, parts, capacity, tile)
 
 
 def top_k(scores: torch.Tensor, lengths: torch.Tensor, topk: int) -> torch.Tensor:
     """As kernels.reference.top_k."""
-    return _top_k(scores, lengths, topk, None, None)
+    return _select(scores, lengths, topk, None, None)
 
 
 def top_k_slots(
     scores: torch.Tensor, lengths: torch.Tensor, topk: int, page_table: torch.Tensor, owners: torch.Tensor
 ) -> torch.Tensor:
-    """top_k, but physical slots instead of positions: int32 [T, topk] by ascending position, then -1.
+    """top_k, with each position replaced by the physical slot of that token of the row's request.
 
-    page_table: int32 [R, max_pages]; owners: int32 [T], the row's request. A row of at most topk positions takes them all
-    without a look at its scores.
+    scores:     fp32 [T, L], rows at any stride; those of a row of at most topk positions are not read
+    lengths:    int64 or int32 [T]: the row has the positions 0 .. length - 1
+    page_table: int32 [R, max_pages]; owners: int32 [T], the row's request
+    Returns int32 [T, topk]: slots in ascending order of position, -1 after the last.
     """
-    return _top_k(scores, lengths, topk, page_table, owners)
+    return _select(scores, lengths, topk, page_table, owners)
 
 
-def _top_k(
+def _select(
     scores: torch.Tensor,
     lengths: torch.Tensor,
     topk: int,
@@ -44,173 +72,328 @@ def _top_k(
     owners: torch.Tensor | None,
 ) -> torch.Tensor:
     num_rows, width = scores.shape
-    picks = torch.full((num_rows, topk), -1, dtype=torch.int32, device=scores.device)
-    if not num_rows or not width:
+    if scores.dtype != torch.float32 or (width > 1 and scores.stride(1) != 1):
+        raise ValueError("scores must be float32 with contiguous rows")
+    picks = torch.empty(num_rows, topk, dtype=torch.int32, device=scores.device)
+    if picks.numel() == 0:
         return picks
-    part = min(
-        max(triton.next_power_of_2(triton.cdiv(width * num_rows, PARTS_WANTED)), SHORTEST_PART), LONGEST_PART
-    )
-    parts = triton.cdiv(width, part)
-    block = min(BLOCK, part)
-    histograms = torch.zeros(PASSES, num_rows, BINS, dtype=torch.int32, device=scores.device)
-    thresholds = torch.zeros(num_rows, 2, dtype=torch.int64, device=scores.device)
-    counts = torch.zeros(num_rows, parts, 2, dtype=torch.int32, device=scores.device)
-    row_facts = (scores, lengths, scores.stride(0))
-    for number in range(PASSES):
-        _count_kernel[(num_rows, parts)](
-            *row_facts, histograms, thresholds, topk, num_rows, PASS=number, PART=part, BLOCK=block, BINS=BINS
-        )
-        _narrow_kernel[(num_rows,)](lengths, histograms, thresholds, topk, num_rows, PASS=number, BINS=BINS)
-    _tally_kernel[(num_rows, parts)](*row_facts, thresholds, counts, topk, parts, PART=part, BLOCK=block)
-    _write_kernel[(num_rows, parts)](
-        *row_facts,
-        thresholds,
+    plan = Plan.of(num_rows, width, topk)
+    lists = counts = None
+    if width > plan.groups:
+        lists, counts = _list_candidates(scores, lengths, topk, plan)
+    _pick_kernel[(num_rows,)](
+        scores,
+        lengths,
+        lists,
         counts,
+        page_table,
+        owners,
         picks,
-        page_table if page_table is not None else picks,
-        owners if owners is not None else lengths,
+        scores.stride(0),
         page_table.stride(0) if page_table is not None else 0,
         topk,
-        parts,
-        PART=part,
-        BLOCK=block,
-        PARTS=triton.next_power_of_2(parts),
+        PICKS=triton.next_power_of_2(topk),
+        LISTED=lists is not None,
+        PARTS=plan.parts,
+        CAPACITY=plan.capacity,
+        CHUNK=plan.groups // 2 if lists is not None else triton.next_power_of_2(max(width, 16)),
         SLOTS=page_table is not None,
+        num_warps=8,
     )
     return picks
 
 
-@triton.jit
-def _order(score):
-    """fp32 -> int64 0 .. 2^32 - 1 in the order of scores: -0.0 equals 0.0, NaN beats infinity."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
-    signed = tl.where(score != score, 0x7FFFFFFF, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits))
-    return signed.to(tl.int64) + 2147483648
+def _list_candidates(
+    scores: torch.Tensor, lengths: torch.Tensor, topk: int, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [T, parts, capacity] lists of key and position, and int32 [T, parts, 4]: see _list_kernel."""
+    num_rows = len(scores)
+    groups, slices, parts, capacity, tile = plan
+    best = torch.empty(num_rows, groups, dtype=torch.uint32, device=scores.device)
+    lists = torch.empty(num_rows, parts, capacity, dtype=torch.int64, device=scores.device)
+    counts = torch.empty(num_rows, parts, 4, dtype=torch.int32, device=scores.device)
+    columns = groups // slices
+    _group_kernel[(num_rows, slices)](
+        scores,
+        lengths,
+        best,
+        scores.stride(0),
+        topk,
+        GROUPS=groups,
+        COLUMNS=columns,
+        STEPS=tile // columns,
+        num_warps=8,
+    )
+    _list_kernel[(num_rows, parts)](
+        scores,
+        lengths,
+        best,
+        lists,
+        counts,
+        scores.stride(0),
+        topk,
+        GROUPS=groups,
+        PARTS=parts,
+        CAPACITY=capacity,
+        TILE=tile,
+        num_warps=8,
+    )
+    return lists, counts
 
 
 @triton.jit
-def _orders(scores, row, stride, position, end):
-    score = tl.load(scores + row * stride + position, mask=position < end, other=0.0)
-    return tl.where(position < end, _order(score), -1)
+def _keys(scores, visible, whole):
+    """uint32 keys in the order of the scores, 0 where not visible: less than the key of any number.
+
+    whole: whether all are visible. Without a mask the loads are of 16 bytes.
+    """
+    x = tl.load(scores) if whole else tl.load(scores, mask=visible, other=0.0)
+    x += 0.0  # makes 0.0 of -0.0
+    bits = x.to(tl.uint32, bitcast=True)
+    # The order of negative floats is the reverse of that of their bits.
+    keys = tl.where(bits >= SIGN_BIT, bits ^ NAN_KEY, bits | SIGN_BIT)
+    keys = tl.where(x != x, NAN_KEY, keys)
+    return tl.where(visible, keys, 0).to(tl.uint32)
 
 
 @triton.jit
-def _count_kernel(
+def _middle(low, high):
+    """Above low, at most high, for low < high."""
+    distance = high - low
+    return (low + (distance >> 1) + (distance & 1)).to(tl.uint32)
+
+
+@triton.jit
+def _search(keys, count, slack):
+    """The count-th best of the keys, or with slack some key below it that at most count + slack of them reach."""
+    low, high = tl.min(keys, 0), tl.max(keys, 0)
+    while low < high:
+        middle = _middle(low, high)
+        reached = tl.sum((keys >= middle).to(tl.int32), 0)
+        enough = reached >= count
+        found = enough & (reached <= count + slack)
+        low = tl.where(enough, middle, low)
+        high = tl.where(found, middle, tl.where(enough, high, middle - 1)).to(tl.uint32)
+    return low
+
+
+@triton.jit
+def _places(keys, threshold, better, ties, rest):
+    """Which keys are chosen: those above the threshold and the first `rest` equal to it; and their places among all chosen.
+
+    better, ties: how many of either kind came before. Returns chosen, places, and the two numbers after these keys.
+    """
+    above, equal = keys > threshold, keys == threshold
+    # Two counts in one word: a tile has less than 2^16 keys.
+    packed = above.to(tl.int32) + (equal.to(tl.int32) << 16)
+    before = tl.cumsum(packed, 0) - packed
+    total = tl.sum(packed, 0)
+    ties_before = ties + (before >> 16)
+    places = better + (before & 0xFFFF) + tl.minimum(ties_before, rest)
+    chosen = above | (equal & (ties_before < rest))
+    return chosen, places, better + (total & 0xFFFF), ties + (total >> 16)
+
+
+@triton.jit
+def _group_kernel(
     scores,
     lengths,
-    stride,
-    histograms,
-    thresholds,
+    best,
+    row_stride,
     topk,
-    num_rows,
-    PASS: tl.constexpr,
-    PART: tl.constexpr,
-    BLOCK: tl.constexpr,
-    BINS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Adds to the row's histogram of the bits that this pass is about, of the scores that share the threshold's bits above."""
+    """The best key of each group of a row, groups being positions modulo GROUPS. A program has COLUMNS of them."""
     row = tl.program_id(0).to(tl.int64)
     length = tl.load(lengths + row).to(tl.int32)
-    begin = tl.program_id(1) * PART
-    end = tl.minimum(length, begin + PART)
-    if (length > topk) & (begin < end):
-        SHIFT: tl.constexpr = 24 - 8 * PASS
-        above = tl.load(thresholds + 2 * row) >> (SHIFT + 8)
-        histogram = tl.zeros((BINS,), tl.int32)
-        for start in range(begin, end, BLOCK):
-            order = _orders(scores, row, stride, start + tl.arange(0, BLOCK), end)
-            counted = (order >= 0) & ((order >> (SHIFT + 8)) == above)
-            bin = ((order >> SHIFT) & (BINS - 1)).to(tl.int32)
-            histogram += tl.histogram(tl.where(counted, bin, 0), BINS, mask=counted)
-        target = histograms + (PASS * num_rows + row) * BINS + tl.arange(0, BINS)
-        tl.atomic_add(target, histogram, mask=histogram > 0, sem="relaxed")
+    if length > topk:
+        columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+        offsets = tl.expand_dims(tl.arange(0, STEPS), 1) * GROUPS + tl.expand_dims(columns, 0)
+        keys = tl.zeros((STEPS, COLUMNS), tl.uint32)
+        for start in range(0, length, STEPS * GROUPS):
+            positions = start + offsets
+            whole = start + STEPS * GROUPS <= length
+            tile = _keys(scores + row * row_stride + positions, positions < length, whole)
+            keys = tl.maximum(keys, tile)
+        tl.store(best + row * GROUPS + columns, tl.max(keys, 0))
 
 
 @triton.jit
-def _narrow_kernel(lengths, histograms, thresholds, topk, num_rows, PASS: tl.constexpr, BINS: tl.constexpr):
-    """Chooses the bin in which the topk-th best lies. thresholds: the order found so far, and how many above it are sure."""
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(lengths + row) > topk:
-        SHIFT: tl.constexpr = 24 - 8 * PASS
-        bin = tl.arange(0, BINS)
-        count = tl.load(histograms + (PASS * num_rows + row) * BINS + bin)
-        sure = tl.load(thresholds + 2 * row + 1).to(tl.int32)
-        better = sure + tl.sum(count, 0) - tl.cumsum(count, 0)  # in bins above this one
-        chosen = tl.max(tl.where(better + count >= topk, bin, -1), 0)
-        now_sure = tl.sum(tl.where(bin == chosen, better, 0), 0)
-        found = tl.load(thresholds + 2 * row) + (chosen.to(tl.int64) << SHIFT)
-        tl.store(thresholds + 2 * row, found)
-        tl.store(thresholds + 2 * row + 1, now_sure.to(tl.int64))
-
-
-@triton.jit
-def _tally_kernel(
-    scores, lengths, stride, thresholds, counts, topk, parts, PART: tl.constexpr, BLOCK: tl.constexpr
-):
-    """How many scores of this part are better than the threshold, and how many equal it."""
-    row = tl.program_id(0).to(tl.int64)
-    length = tl.load(lengths + row).to(tl.int32)
-    begin = tl.program_id(1) * PART
-    end = tl.minimum(length, begin + PART)
-    if (length > topk) & (begin < end):
-        threshold = tl.load(thresholds + 2 * row)
-        better = tl.zeros((BLOCK,), tl.int32)
-        equal = tl.zeros((BLOCK,), tl.int32)
-        for start in range(begin, end, BLOCK):
-            order = _orders(scores, row, stride, start + tl.arange(0, BLOCK), end)
-            better += (order > threshold).to(tl.int32)
-            equal += (order == threshold).to(tl.int32)
-        target = counts + 2 * (row * parts + tl.program_id(1))
-        tl.store(target, tl.sum(better, 0))
-        tl.store(target + 1, tl.sum(equal, 0))
-
-
-@triton.jit
-def _write_kernel(
+def _list_kernel(
     scores,
     lengths,
-    stride,
-    thresholds,
+    best,
+    lists,
     counts,
-    picks,
-    page_table,
-    owners,
-    table_stride,
+    row_stride,
     topk,
-    parts,
-    PART: tl.constexpr,
-    BLOCK: tl.constexpr,
+    GROUPS: tl.constexpr,
     PARTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Lists what reaches the bound in a part of a row, in order: key << 32 | position; of ties with the bound the first topk.
+
+    counts int32 [T, PARTS, 4]: how many exceed the bound, how many equal it, how many belong on the list; and the bound.
+    """
+    row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + row).to(tl.int32)
+    if length > topk:
+        bound = _search(tl.load(best + row * GROUPS + tl.arange(0, GROUPS)), topk, topk >> 4)
+        size = tl.cdiv(tl.cdiv(length, PARTS), TILE) * TILE
+        end = tl.minimum((part + 1) * size, length)
+        above, ties = 0, 0
+        target = lists + (row * PARTS + part) * CAPACITY
+        for start in range(part * size, end, TILE):
+            positions = start + tl.arange(0, TILE)
+            keys = _keys(scores + row * row_stride + positions, positions < end, start + TILE <= end)
+            chosen, places, above, ties = _places(keys, bound, above, ties, topk)
+            entry = (keys.to(tl.int64) << 32) | positions
+            tl.store(target + places, entry, mask=chosen & (places < CAPACITY))
+        count = counts + (row * PARTS + part) * 4
+        tl.store(count, above)
+        tl.store(count + 1, ties)
+        tl.store(count + 2, above + tl.minimum(ties, topk))
+        tl.store(count + 3, bound.to(tl.int32, bitcast=True))
+
+
+@triton.jit
+def _entries(source, first, PARTS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """Keys and positions of the entries first .. first + CHUNK - 1. They are those of the row itself, if direct, or of its
+    lists joined, which begin at starts [PARTS]: source is (row of scores, lists, starts, number of entries, direct).
+    CAPACITY 0: there are no lists."""
+    scores, lists, starts, total, direct = source
+    index = first + tl.arange(0, CHUNK)
+    if CAPACITY == 0 or direct:
+        keys, positions = _keys(scores + index, index < total, first + CHUNK <= total), index
+    else:
+        part = tl.zeros((CHUNK,), tl.int32)
+        for halving in tl.static_range(1, 10):
+            if PARTS >> halving:
+                later = part + (PARTS >> halving)
+                part = tl.where(tl.gather(starts, later, 0) <= index, later, part)
+        place = part * CAPACITY + index - tl.gather(starts, part, 0)
+        entry = tl.load(lists + place, mask=index < total, other=0)
+        keys, positions = (entry >> 32).to(tl.uint32), entry.to(tl.int32)
+    return keys, positions
+
+
+@triton.jit
+def _reached(source, keys, threshold, PARTS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """How many entries are at least the threshold. keys: of the first CHUNK."""
+    count = tl.sum((keys >= threshold).to(tl.int32), 0)
+    for first in range(CHUNK, source[3], CHUNK):
+        more, _ = _entries(source, first, PARTS, CAPACITY, CHUNK)
+        count += tl.sum((more >= threshold).to(tl.int32), 0)
+    return count
+
+
+@triton.jit
+def _search_all(source, keys, bound, topk, PARTS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """The topk-th best of entries of which at least topk reach the bound. keys: of the first CHUNK."""
+    low, high = bound, tl.full((), NAN_KEY, tl.uint32)
+    if source[3] <= CHUNK:
+        low = _search(keys, topk, 0)
+        high = low
+    while low < high:
+        middle = _middle(low, high)
+        reached = _reached(source, keys, middle, PARTS, CAPACITY, CHUNK)
+        low = tl.where(reached >= topk, middle, low)
+        above = tl.where(reached > topk, high, middle - 1)
+        high = tl.where(reached == topk, middle, above).to(tl.uint32)
+    return low
+
+
+@triton.jit
+def _write(picks, chosen, places, positions, pages, SLOTS: tl.constexpr):
+    """Stores chosen positions, or their slots, at their places. pages: the request's row of the page table."""
+    if SLOTS:
+        page = tl.load(pages + positions // PAGE, mask=chosen, other=0)
+        positions = page * PAGE + positions % PAGE
+    tl.store(picks + places, positions, mask=chosen)
+
+
+@triton.jit
+def _pick_all(picks, length, topk, pages, PICKS: tl.constexpr, SLOTS: tl.constexpr):
+    """All positions of a row that has at most topk."""
+    places = tl.arange(0, PICKS)
+    _write(picks, places < length, places, places, pages, SLOTS)
+    tl.store(picks + places, -1, mask=(places < topk) & (places >= length))
+
+
+@triton.jit
+def _pick_best(
+    source,
+    picks,
+    bound,
+    above,
+    topk,
+    pages,
+    PARTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
+    """The topk best of more entries. above: how many exceed the bound, which at least topk reach."""
+    keys, positions = _entries(source, 0, PARTS, CAPACITY, CHUNK)
+    threshold = bound
+    # Where fewer than topk exceed the bound, it is the threshold.
+    if above >= topk:
+        threshold = _search_all(source, keys, bound, topk, PARTS, CAPACITY, CHUNK)
+        above = 0
+        if threshold < NAN_KEY:
+            above = _reached(source, keys, threshold + 1, PARTS, CAPACITY, CHUNK)
+    rest = topk - above
+    chosen, places, better, ties = _places(keys, threshold, 0, 0, rest)
+    _write(picks, chosen, places, positions, pages, SLOTS)
+    first = CHUNK
+    while (first < source[3]) & (better + tl.minimum(ties, rest) < topk):
+        keys, positions = _entries(source, first, PARTS, CAPACITY, CHUNK)
+        chosen, places, better, ties = _places(keys, threshold, better, ties, rest)
+        _write(picks, chosen, places, positions, pages, SLOTS)
+        first += CHUNK
+
+
+@triton.jit(do_not_specialize=["table_stride"])
+def _pick_kernel(
+    scores,
+    lengths,
+    lists,
+    counts,
+    page_table,
+    owners,
+    picks,
+    row_stride,
+    table_stride,
+    topk,
+    PICKS: tl.constexpr,
+    LISTED: tl.constexpr,
+    PARTS: tl.constexpr,
+    CAPACITY: tl.constexpr,
+    CHUNK: tl.constexpr,
+    SLOTS: tl.constexpr,
+):
+    """Picks from a row's lists, or from the row where it is short or a list has overflowed. A program takes one row."""
     row = tl.program_id(0).to(tl.int64)
-    number = tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
-    begin = number * PART
-    end = tl.minimum(length, begin + PART)
-    if begin < end:
-        everything = length <= topk
-        part = tl.arange(0, PARTS)
-        before = part < number
-        tallies = counts + 2 * (row * parts + part)
-        better_before = tl.sum(tl.load(tallies, mask=before, other=0), 0)
-        equal_before = tl.sum(tl.load(tallies + 1, mask=before, other=0), 0)
-        threshold = tl.load(thresholds + 2 * row)
-        ties = topk - tl.load(thresholds + 2 * row + 1).to(tl.int32)  # so many of the equal ones are kept
-        kept = tl.where(everything, begin, better_before + tl.minimum(equal_before, ties))
-        equal_seen = equal_before
-        for start in range(begin, end, BLOCK):
-            position = start + tl.arange(0, BLOCK)
-            order = _orders(scores, row, stride, position, tl.where(everything, 0, end))
-            equal = (order == threshold) & (order >= 0)
-            rank = equal_seen + tl.cumsum(equal.to(tl.int32), 0) - 1
-            keep = ((order > threshold) | (equal & (rank < ties)) | everything) & (position < end)
-            where = kept + tl.cumsum(keep.to(tl.int32), 0) - 1
-            value = position
-            if SLOTS:
-                owner = tl.load(owners + row).to(tl.int64)
-                page = tl.load(page_table + owner * table_stride + position // PAGE, mask=keep, other=0)
-                value = page * PAGE + position % PAGE
-            tl.store(picks + row * topk + where, value, mask=keep)
-            kept += tl.sum(keep.to(tl.int32), 0)
-            equal_seen += tl.sum(equal.to(tl.int32), 0)
+    row_scores, row_picks, pages = scores + row * row_stride, picks + row * topk, page_table
+    if SLOTS:
+        pages = page_table + tl.load(owners + row).to(tl.int64) * table_stride
+    if length <= topk:
+        _pick_all(row_picks, length, topk, pages, PICKS, SLOTS)
+    elif LISTED:
+        count = counts + (row * PARTS + tl.arange(0, PARTS)) * 4
+        listed = tl.load(count + 2)
+        starts = tl.cumsum(listed, 0) - listed
+        direct = (length <= CHUNK) | (tl.max(listed, 0) > CAPACITY)
+        total = tl.where(direct, length, tl.sum(listed, 0))
+        source = (row_scores, lists + row * PARTS * CAPACITY, starts, total, direct)
+        above = tl.sum(tl.load(count), 0)
+        bound = tl.load(counts + row * PARTS * 4 + 3).to(tl.uint32, bitcast=True)
+        _pick_best(source, row_picks, bound, above, topk, pages, PARTS, CAPACITY, CHUNK, SLOTS)
+    else:
+        source = (row_scores, row_scores, length, length, length)
+        bound = tl.full((), 0, tl.uint32)
+        _pick_best(source, row_picks, bound, length, topk, pages, PARTS, 0, CHUNK, SLOTS)
