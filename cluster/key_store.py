@@ -35,7 +35,12 @@ LIMITS = sa.Table(
     sa.Column("tenant", sa.Text, primary_key=True),
     *[sa.Column(name, sa.BigInteger) for name in TenantLimits.__struct_fields__],
 )
-VERSION = sa.Table("api_keys_version", METADATA, sa.Column("version", sa.BigInteger, nullable=False))
+VERSION = sa.Table(
+    "api_keys_version",
+    METADATA,
+    sa.Column("id", sa.Integer, primary_key=True),  # 0: one row, also where two processes make it at once
+    sa.Column("version", sa.BigInteger, nullable=False),
+)
 
 
 class UnknownKey(ValueError):
@@ -75,8 +80,8 @@ class KeyStore:
         self._database.make_folder()
         with self._database.write() as connection:
             METADATA.create_all(connection)
-            if connection.execute(sa.select(VERSION)).first() is None:
-                connection.execute(VERSION.insert().values(version=0))
+            if connection.execute(sa.select(VERSION.c.version)).first() is None:
+                connection.execute(VERSION.insert().values(id=0, version=0))
 
     def make(self, tenant: str) -> str:
         """A new key of this tenant. Nobody can say it again: only its hash stays here."""
@@ -116,7 +121,7 @@ class KeyStore:
     def read(self, known: int) -> KeyList | None:
         """Everything; None where nothing has changed since version `known`."""
         with self._database.begin() as connection:
-            version: int = connection.execute(sa.select(VERSION)).scalar_one()
+            version: int = connection.execute(sa.select(VERSION.c.version)).scalar_one()
             if version == known:
                 return None
             rows = connection.execute(sa.select(KEYS.c.hash, KEYS.c.tenant, KEYS.c.revoked_ms)).all()

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from cluster.gate import FIRST_WINDOW, WINDOW_S, Gate, have_room
+from cluster.gate import FIRST_WINDOW, SOON_S, WINDOW_S, Gate, have_room
 from cluster.router import WorkerView
 
 RATE = 1e-3
@@ -118,6 +118,25 @@ def test_whoever_leaves_takes_nothing_along() -> None:
         assert (workers.places, len(workers.gate)) == (1, 0)
         await workers.run("c0")
         assert workers.order == ["b0", "c0"]
+
+    asyncio.run(body())
+
+
+def test_what_happens_often_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body() -> None:
+        workers = _Workers(0)
+        waits = asyncio.create_task(workers.run("a0"))
+        await asyncio.sleep(0)
+        asked: list[str] = []
+        monkeypatch.setattr(workers.gate, "_admit", asked.append)  # answers None: no room
+        for _ in range(100):
+            workers.gate.look_soon()
+        await asyncio.sleep(2 * SOON_S)
+        assert asked == ["a0"]
+        monkeypatch.undo()
+        workers.places = 1
+        workers.gate.look_soon()
+        await waits
 
     asyncio.run(body())
 
