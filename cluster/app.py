@@ -15,6 +15,7 @@ from cluster.gateway import Gateway
 from cluster.replica import WorkerReplica
 
 APP_NAME = "lightship"
+STOP_S = 10.0  # what a worker that has drained may take to end; then Serve kills it
 
 
 def start_controller(config: ClusterConfig, secret: str) -> Any:
@@ -55,5 +56,5 @@ def _workers(role: Literal["prefill", "decode"], config: RoleConfig) -> Any:
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
         health_check_period_s=1,
         health_check_timeout_s=5,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=config.drain_s + STOP_S,
     )(WorkerReplica)

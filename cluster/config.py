@@ -33,6 +33,7 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     workers: AtLeastOne = 1
     num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
     num_gpus: NotNegative = 0.0
+    drain_s: NotNegative = 60.0  # what a worker that is to go may take for the requests that it has
     engine: EngineConfig = EngineConfig()
 
 

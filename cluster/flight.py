@@ -194,8 +194,8 @@ class Pilot:
         proven = {key for pair in self._fleet.proven for key in pair}
         is_due = have_room(
             len(flight.prompt),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill") if c.key in proven],
-            decodes=[view_of(c) for c in self._fleet.alive("decode") if c.key in proven],
+            prefills=[view_of(c) for c in self._fleet.taking("prefill") if c.key in proven],
+            decodes=[view_of(c) for c in self._fleet.taking("decode") if c.key in proven],
         )
         return self._route(flight) if is_due else None
 
@@ -206,8 +206,8 @@ class Pilot:
         names = {(p[0], d[0]) for p, d in pairs}
         route = choose(
             RouteRequest(num_tokens=num_tokens, hits=self._directory.lookup(flight.page_hashes)),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill")],
-            decodes=[view_of(c) for c in self._fleet.alive("decode")],
+            prefills=[view_of(c) for c in self._fleet.taking("prefill")],
+            decodes=[view_of(c) for c in self._fleet.taking("decode")],
             pairs=names & {flight.pair} if flight.pair else names,
             costs=self._costs,
         )

@@ -4,6 +4,7 @@ The replica registers with the prefix-cache controller, reports which prefixes i
 decode workers there are. Undecorated: `cluster.app` makes the deployments.
 """
 
+import asyncio
 import logging
 import os
 import secrets
@@ -37,11 +38,12 @@ class WorkerReplica:
         self._epoch = secrets.randbits(63)
         self._id = f"{role}-{secrets.token_hex(4)}"
         assert config.model is not None
-        engine = config.prefill.engine if role == "prefill" else config.decode.engine
+        of_role = config.prefill if role == "prefill" else config.decode
+        self._drain_s = of_role.drain_s
         self._running: RunningWorker = start_worker(
             role=role,
             model=Path(config.model),
-            engine_config=engine,
+            engine_config=of_role.engine,
             worker_id=self._id,
             epoch=self._epoch,
             # A service for this machine alone keeps its workers' ports from the network too.
@@ -75,10 +77,20 @@ class WorkerReplica:
         if seconds_since_step(worker) > STALL_S:
             raise RuntimeError(f"the engine of {self._id} has not finished a step for {STALL_S:.0f} s")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_stopping"):
-            self._stopping.set()
-            self._running.stop()
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica is to go, and goes on to answer meanwhile."""
+        await asyncio.to_thread(self._leave)
+
+    def _leave(self) -> None:
+        """Ends what the worker has, as far as the time goes. Gateways take what is left to other workers."""
+        if not self._running.drain(self._drain_s):
+            log.warning("%s goes after %.0f s with requests in progress", self._id, self._drain_s)
+        self._running.stop()
+        self._stopping.set()  # not before: a worker that is silent is taken for dead
+        try:
+            self._call("deregister", self._id, self._epoch)
+        except ray.exceptions.RayError as error:
+            log.warning("controller unreachable: %s", error)
 
     def _spawn(self, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=target.__name__, daemon=True).start()

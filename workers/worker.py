@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
+
 from workers.cpu_threads import use_threads
 from workers.engine import Engine, StepOutput
 from workers.grammar import GrammarError
@@ -53,6 +55,8 @@ class Worker:
         self._updates: list[tuple[Hashable, Update]] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._draining = False
+        self._drained = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"engine-{worker_id}", daemon=True)
 
     def start(self) -> None:
@@ -64,6 +68,11 @@ class Worker:
         self.post(lambda: None)
         if self._thread.is_alive():
             self._thread.join()
+
+    def drain(self, timeout: float) -> bool:
+        """Takes no more requests and waits until those that it has have ended; False where `timeout` seconds were too few."""
+        self.post(self._begin_draining)
+        return self._drained.wait(timeout)
 
     def post(self, command: Callable[[], None]) -> None:
         """Runs `command` on the engine thread before the next step."""
@@ -78,7 +87,10 @@ class Worker:
     # From here on everything runs on the engine thread.
 
     def submit(self, message: Submit, owner: Hashable) -> None:
-        raise NotImplementedError
+        if self._draining:  # sent before the gateway heard of it
+            self._updates.append((owner, Failed(message.request_id, "the worker is draining", retry=True)))
+        else:
+            self._accept(message, owner)
 
     def abort(self, request_id: str) -> None:
         """Ends a request without a word to its gateway, in whatever state it is. Unknown ids are fine."""
@@ -93,6 +105,12 @@ class Worker:
 
     def load(self) -> Load:
         raise NotImplementedError
+
+    def _accept(self, message: Submit, owner: Hashable) -> None:
+        raise NotImplementedError
+
+    def _begin_draining(self) -> None:
+        self._draining = True
 
     def _after_step(self, output: StepOutput) -> None:
         raise NotImplementedError
@@ -148,7 +166,9 @@ class Worker:
             return
 
     def _flush(self) -> None:
-        self.latest_load = self.load()
+        self.latest_load = msgspec.structs.replace(self.load(), draining=self._draining)
         if self._updates:
             updates, self._updates = self._updates, []
             self._emit(updates)
+        if self._draining and not self.jobs:
+            self._drained.set()
