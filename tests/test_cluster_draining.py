@@ -31,7 +31,7 @@ def cluster(model: Path) -> Iterator[Cluster]:
     running.stop()
 
 
-def _flight(number: int, num_tokens: int, *, max_tokens: int = 40) -> Flight:
+def _flight(number: int, num_tokens: int, *, max_tokens: int = 16) -> Flight:
     generator = random.Random(number)
     prompt = [generator.randrange(10, 260) for _ in range(num_tokens)]
     return Flight(
@@ -64,25 +64,44 @@ class _Departure:
 
 
 async def _until_known(fleet: Fleet, worker: str) -> None:
-    while not fleet.connections[worker].load.draining:
+    """Until the gateway has heard that a worker drains, or has lost it: one without time may go before it could say so."""
+    connection = fleet.connections[worker]
+    while connection.alive and not connection.load.draining:
         await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("drain_s", [60.0, 0.0], ids=["in time", "handed over"])
-@pytest.mark.parametrize("role", ["decode", "prefill"])
-def test_a_worker_goes_under_load(cluster: Cluster, model: Path, role: str, drain_s: float) -> None:
-    flights = [_flight(seed, 150 + 30 * seed) for seed in range(8)]
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> list[list[int]]:
+    return alone(model, [*_early(), *_late()])
+
+
+def _early() -> list[Flight]:
+    return [_flight(seed, 90 + 30 * seed) for seed in range(5)]
+
+
+def _late() -> list[Flight]:
+    return [_flight(seed, 70) for seed in (20, 21)]
+
+
+@pytest.mark.parametrize(
+    ("role", "drain_s"),
+    [("decode", 60.0), ("decode", 0.0), ("prefill", 60.0)],
+    ids=["decode", "decode, handed over", "prefill"],
+)
+def test_a_worker_goes_under_load(
+    cluster: Cluster, undisturbed: list[list[int]], role: str, drain_s: float
+) -> None:
+    flights, late = _early(), _late()
     leaving = (cluster.decodes if role == "decode" else cluster.prefills)[0]
     departure = _Departure(leaving, drain_s)
     orphans: list[str] = []
     for running in cluster.all:
         running.worker.on_orphan = lambda attempt, _: orphans.append(attempt)
-    late: list[Flight] = []
 
     async def work(pilot: Pilot, fleet: Fleet) -> None:
         async def fly(flight: Flight) -> None:
             async for _ in pilot.fly(flight):
-                if flight.attempts[-1].route.decode == leaving.worker.id and len(flight.emitted) > 5:
+                if flight.attempts[-1].route.decode == leaving.worker.id and len(flight.emitted) > 2:
                     begin.set()
                 if role == "prefill":
                     begin.set()
@@ -92,8 +111,7 @@ def test_a_worker_goes_under_load(cluster: Cluster, model: Path, role: str, drai
             departure.begin()
             await _until_known(fleet, leaving.worker.id)
             assert all(leaving.worker.id not in (p[0], d[0]) for p, d in fleet.linked_pairs())
-            assert fleet.state().ready
-            late.extend(_flight(seed, 100) for seed in range(20, 24))
+            assert fleet.state().ready or not drain_s
             await asyncio.gather(*(collect(pilot.fly(flight)) for flight in late))
 
         begin = asyncio.Event()
@@ -107,9 +125,7 @@ def test_a_worker_goes_under_load(cluster: Cluster, model: Path, role: str, drai
         route = flight.attempts[0].route
         assert leaving.worker.id not in (route.prefill, route.decode)
     reasons = {attempt.failure for flight in flights for attempt in flight.attempts if attempt.failure}
-    if drain_s:
-        assert reasons <= {"the worker is draining"}
-    else:
+    if not drain_s:
         assert f"worker {leaving.worker.id} was lost" in reasons
     assert not orphans  # a request that goes on elsewhere must not be settled
-    assert [flight.emitted for flight in flights + late] == alone(model, flights + late)
+    assert [flight.emitted for flight in flights + late] == undisturbed

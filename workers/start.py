@@ -29,7 +29,7 @@ from workers.shipping.receiver import Landing
 from workers.worker import Worker
 
 Role = Literal["prefill", "decode"]
-FAREWELL_S = 2 * HEARTBEAT_S
+FAREWELL_S = 5 * HEARTBEAT_S
 
 
 @dataclass
@@ -51,10 +51,11 @@ class RunningWorker:
             self.links.set_peers(peers)
 
     def drain(self, timeout: float) -> bool:
-        """Takes no more requests, and returns once those that it has have ended and gateways have had the time to hear all
-        of it; False where `timeout` seconds were too few. What then still runs, `stop` hands over."""
+        """Takes no more requests, and returns once those that it has have ended and gateways have had the time to hear of
+        it; False where `timeout` seconds were too few. What then still runs, `stop` hands over."""
         drained = self.worker.drain(timeout)
-        time.sleep(FAREWELL_S)
+        if drained:
+            time.sleep(FAREWELL_S)
         return drained
 
     def stop(self) -> None:

@@ -72,7 +72,7 @@ class Worker:
     def drain(self, timeout: float) -> bool:
         """Takes no more requests and waits until those that it has have ended; False where `timeout` seconds were too few."""
         self.post(self._begin_draining)
-        return self._drained.wait(timeout)
+        return self._drained.wait(timeout) and self.error is None
 
     def post(self, command: Callable[[], None]) -> None:
         """Runs `command` on the engine thread before the next step."""
@@ -154,6 +154,7 @@ class Worker:
             BaseException
         ) as error:  # the outermost loop: the health check reports it and Serve replaces the worker
             self.error = error
+            self._drained.set()
             log.exception("worker %s: engine thread died", self.id)
 
     def _drain(self) -> None:
