@@ -18,6 +18,7 @@ from workers.config import EngineConfig
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 KeyHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # sha256 of an API key, in hex
@@ -35,6 +36,33 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     num_gpus: NotNegative = 0.0
     drain_s: NotNegative = 60.0  # what a worker that is to go may take for the requests that it has
     engine: EngineConfig = EngineConfig()
+
+
+class PrefillScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """By which prefill workers come and go; see `cluster.scaling`."""
+
+    min_workers: AtLeastOne = 1
+    max_workers: AtLeastOne
+    wait_goal_s: Positive = 1.0  # within which all prompt tokens that wait are to be computed
+    busy_goal: Share = 0.8  # of the time, spent in steps
+    lower_after_s: NotNegative = 300.0  # for how long fewer must have been enough before one goes
+
+
+class DecodeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """By which decode workers come and go."""
+
+    min_workers: AtLeastOne = 1
+    max_workers: AtLeastOne
+    share_goal: Share = 0.8  # of the pages that requests hold, and of max_running
+    step_goal_s: Positive | None = None  # of a step, which is a token of each request; None: does not matter
+    lower_after_s: NotNegative = 300.0
+
+
+class ScalingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """None: as many workers as the role's `workers` says."""
+
+    prefill: PrefillScaling | None = None
+    decode: DecodeScaling | None = None
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,6 +113,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     port: Port = 8000
     prefill: RoleConfig = RoleConfig()
     decode: RoleConfig = RoleConfig()
+    scaling: ScalingConfig = ScalingConfig()
     gateway: GatewayConfig = GatewayConfig()
     tenants: list[TenantConfig] = []
     keys_required: bool = False  # false: while no key was ever made, every caller is tenant "default"
@@ -117,6 +146,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                 raise ValueError(
                     f"{role}.engine.device is {config.engine.device} and {role}.engine.ranks {config.engine.ranks}, "
                     f"but {role}.num_gpus is {config.num_gpus:g}: a rank needs a GPU"
+                )
+            scaling: PrefillScaling | DecodeScaling | None = getattr(self.scaling, role)
+            if scaling and not scaling.min_workers <= config.workers <= scaling.max_workers:
+                raise ValueError(
+                    f"{role}.workers is {config.workers}, which is to start with, but scaling.{role} allows "
+                    f"{scaling.min_workers} to {scaling.max_workers}"
                 )
 
 

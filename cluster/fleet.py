@@ -166,7 +166,9 @@ class Fleet:
         paired = {key for pair in linked for key in pair}
         connections = self.connections.values()
         return ClusterState(
-            ready=bool(linked) and linked == proven and all(c.key in paired or c.load.draining for c in connections),
+            ready=bool(linked)
+            and linked == proven
+            and all(c.key in paired or c.load.draining for c in connections),
             pairs={f"{pair[0][0]} -> {pair[1][0]}": pair in proven for pair in sorted(linked)},
             workers=sorted((c.info for c in connections), key=lambda info: info.worker),
         )

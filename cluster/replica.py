@@ -11,6 +11,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +19,7 @@ import ray
 
 from cluster.config import ClusterConfig, is_loopback
 from cluster.controller import ACTOR_NAME, NAMESPACE, WorkerInfo
+from cluster.figures import BusyMeter, decode_figures, prefill_figures
 from workers.page_pool import CacheEvents
 from workers.ranks.shippers import Peer
 from workers.server import seconds_since_step
@@ -50,6 +52,7 @@ class WorkerReplica:
             host="127.0.0.1" if is_loopback(config.host) else ray.util.get_node_ip_address(),
             secret=secret,
         )
+        self._busy = BusyMeter(time.monotonic())
         self._running.worker.on_orphan = self._orphaned
         self._info = WorkerInfo(
             worker=self._id,
@@ -76,6 +79,15 @@ class WorkerReplica:
             raise RuntimeError(f"the engine of {self._id} died: {worker.error!r}")
         if seconds_since_step(worker) > STALL_S:
             raise RuntimeError(f"the engine of {self._id} has not finished a step for {STALL_S:.0f} s")
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the policies of `cluster.scaling`, which want figures of one kind or the other."""
+        worker = self._running.worker
+        if self._info.role == "decode":
+            return asdict(decode_figures(worker.latest_load))
+        queued_tokens = await self._controller.queued_tokens.remote()
+        busy_share = self._busy.share(worker.busy_seconds, time.monotonic())
+        return asdict(prefill_figures(worker.latest_load, queued_tokens, busy_share))
 
     async def __del__(self) -> None:
         """Serve awaits this when the replica is to go, and goes on to answer meanwhile."""

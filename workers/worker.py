@@ -49,6 +49,7 @@ class Worker:
         self.jobs: dict[str, Job] = {}
         self.on_orphan: Callable[[str, int], None] = lambda request_id, num_output_tokens: None
         self.alive_at = time.monotonic()
+        self.busy_seconds = 0.0  # in steps, since the start
         self.latest_load = Load()  # as of the last step; safe to read from any thread
         self.error: BaseException | None = None
         self._emit = emit
@@ -145,6 +146,7 @@ class Worker:
                 self.engine.check()
                 if self.engine.has_work():
                     output = self.engine.step()
+                    self.busy_seconds += output.seconds
                     self._after_step(output)
                     for request, reason in output.failed:
                         self._end_for_grammar(self.jobs[request.id], reason)
