@@ -18,7 +18,7 @@ from cluster.replica import WorkerReplica
 from cluster.scaling import DecodePolicy, PrefillPolicy
 
 APP_NAME = "lightship"
-LOOK_BACK_S = 5.0  # over which the figures that decide are averaged
+LOOK_BACK_S = 12.0  # over which the figures that decide are averaged; Serve wants more than 10
 STOP_S = 10.0  # what a worker that has drained may take to end; then Serve kills it
 
 
