@@ -7,7 +7,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -153,6 +153,12 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                     f"{role}.workers is {config.workers}, which is to start with, but scaling.{role} allows "
                     f"{scaling.min_workers} to {scaling.max_workers}"
                 )
+
+    def most_workers(self, role: Literal["prefill", "decode"]) -> int:
+        """How many there may be at once."""
+        scaling: PrefillScaling | DecodeScaling | None = getattr(self.scaling, role)
+        of_role: RoleConfig = getattr(self, role)
+        return scaling.max_workers if scaling else of_role.workers
 
 
 def is_loopback(host: str) -> bool:

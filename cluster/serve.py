@@ -137,7 +137,8 @@ def _check_model(config: ClusterConfig, model: Path) -> None:
 
 def _cpus(config: ClusterConfig) -> int:
     """At least what the workers ask Ray for: on one machine they share the cores that there are."""
-    wanted = sum(role.workers * role.num_cpus for role in (config.prefill, config.decode))
+    wanted = config.prefill.num_cpus * config.most_workers("prefill")
+    wanted += config.decode.num_cpus * config.most_workers("decode")
     return config.num_cpus or max(math.ceil(wanted), os.cpu_count() or 1)
 
 

@@ -1,6 +1,6 @@
 """A process that opens and settles requests until each is in the ledger, however often the database goes away.
 
-python ledger_writer.py URL NAME COUNT      prints a line for each request once its settlement is on disk
+python ledger_writer.py URL NAME COUNT      writes a line for each request once its settlement is on disk
 """
 
 import random
@@ -32,7 +32,8 @@ def main(url: str, name: str, count: int) -> None:
                     if time.monotonic() > deadline:
                         raise
                     time.sleep(generator.uniform(0.0, 0.02))
-        print(f"{name}-{number}", flush=True)
+        sys.stdout.write(f"{name}-{number}\n")
+        sys.stdout.flush()
 
 
 def _append(ledger: Ledger, record: Opening | Settlement) -> None:
