@@ -280,8 +280,9 @@ class Pilot:
 
     def _done(self, claim: Claim | Place) -> None:
         """The workers' loads show it by now, and there may be room for others."""
-        claim.release()
-        self._gate.look()
+        if claim.held:
+            claim.release()
+            self._gate.look()
 
     def _timer(self, flight: Flight, attempt: str) -> asyncio.TimerHandle | None:
         """Ends the attempt at the flight's deadline, even while its client does not read."""
