@@ -15,10 +15,12 @@ from cluster.gateway import Gateway
 from cluster.replica import WorkerReplica
 
 APP_NAME = "lightship"
+# Ray gives this resource to the head node alone.
+ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 def start_controller(config: ClusterConfig, secret: str) -> Any:
-    """The prefix-cache controller: one named detached actor that Ray restarts for ever."""
+    """The prefix-cache controller: one named detached actor that Ray restarts for ever, where the ledger's file is: on the head."""
     return (
         ray.remote(PrefixCacheController)
         .options(
@@ -28,6 +30,7 @@ def start_controller(config: ClusterConfig, secret: str) -> Any:
             max_restarts=-1,
             max_concurrency=1000,
             num_cpus=0,
+            resources=ON_HEAD,
         )
         .remote(config.ledger.url, secret)
     )
@@ -52,7 +55,11 @@ def _workers(role: Literal["prefill", "decode"], config: RoleConfig) -> Any:
     return serve.deployment(
         name=role,
         num_replicas=config.workers,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={
+            "num_cpus": config.num_cpus,
+            "num_gpus": config.num_gpus,
+            "label_selector": config.labels,
+        },
         health_check_period_s=1,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=5,

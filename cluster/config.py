@@ -32,6 +32,7 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     workers: AtLeastOne = 1
     num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
     num_gpus: NotNegative = 0.0
+    labels: dict[Name, Name] = {}  # of the Ray nodes that its workers may run on; none: of any
     engine: EngineConfig = EngineConfig()
 
 
