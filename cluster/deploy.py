@@ -13,13 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import msgspec
 from rich.console import Console
 
 from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig, ConfigError, is_loopback, load
 from cluster.ledger import Ledger, LedgerUnavailable
-from cluster.serve import DEMO_MODEL, FAST_SERVE, StartError, resolve_paths, wait_until_ready
+from cluster.serve import DEMO_MODEL, FAST_SERVE, READY_TIMEOUT_S, StartError, resolve_paths, wait_until_ready
 from cluster.tokenizer import Tokenizer
 from workers.model_config import ModelConfig
 
@@ -35,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.stop:
             stop(console)
         else:
-            deploy(prepare(arguments), console, arguments.wait)
+            deploy(prepare(arguments), console)
     except (StartError, ConfigError, LedgerUnavailable) as error:
         console.print(f"[red]lightship:[/red] {error}", soft_wrap=True)
         return 1
@@ -47,9 +46,6 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--config", type=Path, help="YAML file; cluster/cluster.yaml documents every setting")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting, e.g. decode.workers=2"
-    )
-    parser.add_argument(
-        "--wait", type=float, default=3600.0, metavar="SECONDS", help="for machines and weights; default 3600"
     )
     parser.add_argument("--stop", action="store_true", help="take the service down and leave Ray as it is")
     return parser.parse_args(argv)
@@ -69,8 +65,8 @@ def prepare(arguments: argparse.Namespace) -> ClusterConfig:
     return config
 
 
-def deploy(config: ClusterConfig, console: Console, wait_s: float) -> None:
-    """Returns when a real token has gone through every pair. Raises StartError."""
+def deploy(config: ClusterConfig, console: Console) -> None:
+    """Returns when a real token has gone through every pair, however long the cloud takes for machines. Raises StartError."""
     ray = _join()
     from ray import serve
 
@@ -84,9 +80,14 @@ def deploy(config: ClusterConfig, console: Console, wait_s: float) -> None:
         secret = secrets.token_hex(32)
         start_controller(config, secret)
     serve.start(http_options={"host": config.host, "port": config.port})
-    console.print(f"deploying {config.prefill.workers} prefill and {config.decode.workers} decode workers ...")
-    serve.run(build(config, secret), name=APP_NAME, route_prefix="/", blocking=False)
-    wait_until_ready(config, console, threading.Event(), wait_s)
+    console.print(
+        f"deploying {config.prefill.workers} prefill and {config.decode.workers} decode workers ..."
+    )
+    try:
+        serve.run(build(config, secret), name=APP_NAME, route_prefix="/", blocking=False)
+    except RuntimeError as error:  # in Serve's own words
+        raise StartError(str(error)) from None
+    wait_until_ready(config, console, threading.Event(), READY_TIMEOUT_S)
     console.print(f"[green]ready[/green]: http://{config.host}:{config.port}")
 
 
