@@ -47,23 +47,21 @@ class Mix:
 
 @dataclass(frozen=True)
 class Shape:
-    """A worker: so many GPUs, and what each role's engine and memory are with them."""
+    """A worker of either role: so many GPUs, and what the memory of each goes to."""
 
     model: ModelConfig
-    prefill_engine: EngineConfig
-    decode_engine: EngineConfig
-    prefill_memory: GpuMemory
-    decode_memory: GpuMemory
+    engine: EngineConfig
+    memory: GpuMemory
     per_node: int  # workers of a node
 
     @property
     def ranks(self) -> int:
-        return self.decode_engine.ranks
+        return self.engine.ranks
 
     def batch_limit(self, mix: Mix) -> float:
         """Requests that each rank of a decode worker can hold: by its pages and by max_running."""
-        fits = requests_that_fit(self.decode_memory, "decode", self.ranks, mix.tokens)
-        return min(fits, self.decode_engine.max_running) / self.ranks
+        fits = requests_that_fit(self.memory, "decode", self.ranks, mix.tokens)
+        return min(fits, self.engine.max_running) / self.ranks
 
 
 @dataclass(frozen=True)
@@ -78,7 +76,9 @@ class Split:
     @cached_property
     def prefill_time(self) -> PrefillTime:
         mix = self.mix
-        return plan_times.prefill_time(self.shape.model, mix.input_tokens, mix.cached_tokens, self.shape.ranks)
+        return plan_times.prefill_time(
+            self.shape.model, mix.input_tokens, mix.cached_tokens, self.shape.ranks
+        )
 
     @property
     def prefill_limit(self) -> float:
@@ -126,12 +126,12 @@ class Split:
     def shipped_bytes(self) -> int:
         """Of a request: its whole prompt, as if the decode worker held nothing of it."""
         pages = -(-self.mix.input_tokens // PAGE_SIZE)
-        return pages * self.shape.decode_memory.page_bytes
+        return pages * self.shape.memory.page_bytes
 
     @property
     def last_shipment_ms(self) -> float:
         """What is left to ship when the prompt has been read: its last chunk. The second token waits for it."""
-        last = min(self.mix.input_tokens - self.mix.cached_tokens, self.shape.prefill_engine.max_batched_tokens)
+        last = min(self.mix.input_tokens - self.mix.cached_tokens, self.shape.engine.max_batched_tokens)
         return plan_times.ship_ms(self.shipped_bytes * last // self.mix.input_tokens, self.shape.ranks)
 
     def _step(self, batch: float) -> StepTime:
@@ -149,7 +149,9 @@ def shapes(model: ModelConfig, hardware: Hardware, mix: Mix, engine: EngineConfi
 
     engine: what both roles have in common
     """
-    allowed = [r for r in (1, 2, 4, 8) if expert_blocks(model.n_routed_experts) % r == 0 and hardware.gpus % r == 0]
+    allowed = [
+        r for r in (1, 2, 4, 8) if expert_blocks(model.n_routed_experts) % r == 0 and hardware.gpus % r == 0
+    ]
     found: list[Shape] = []
     reason = ""
     for ranks in allowed:
@@ -160,7 +162,7 @@ def shapes(model: ModelConfig, hardware: Hardware, mix: Mix, engine: EngineConfi
         except DoesNotFit as error:
             reason = str(error)
             continue
-        found.append(Shape(model, own, own, memory, memory, hardware.gpus // ranks))
+        found.append(Shape(model, own, memory, hardware.gpus // ranks))
     if not found:
         raise DoesNotFit(reason)
     return found

@@ -106,9 +106,7 @@ def gpu_memory(model: ModelConfig, engine: EngineConfig, device_bytes: int) -> G
     return GpuMemory(device_bytes, weights, needed, RESERVE_BYTES, page_bytes, left // page_bytes)
 
 
-def requests_that_fit(
-    memory: GpuMemory, role: Literal["prefill", "decode"], ranks: int, tokens: int
-) -> int:
+def requests_that_fit(memory: GpuMemory, role: Literal["prefill", "decode"], ranks: int, tokens: int) -> int:
     """How many requests of so many tokens a worker holds at once. Prefill ranks all hold the same pages, decode ranks their own."""
     pages = -(-tokens // PAGE_SIZE)
     each = memory.num_pages // pages

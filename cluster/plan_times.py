@@ -48,8 +48,12 @@ DECODE = (
 HOST_MS = 0.24  # of a decode step, that the GPU waits for the scheduler and the sampler (same page)
 HEAD_MS = 0.42  # of a decode step, the language head (docs/kernels.md, "Where the time of a step goes")
 GATE_MS = 0.045  # choosing the experts of 512 tokens (docs/kernels.md, "Norms, SwiGLU, gate, quantisers")
-WEIGHTS_GB_S = 4100.0  # at which experts are read in decode: 96 % of 4,290 (docs/kernels.md, "fp8_linear, expert_mlp")
-EXCHANGE_MS = 0.048  # a MoE layer's gather and way back in a CUDA graph, 32 rows, two GPUs ("Between two GPUs")
+WEIGHTS_GB_S = (
+    4100.0  # at which experts are read in decode: 96 % of 4,290 (docs/kernels.md, "fp8_linear, expert_mlp")
+)
+EXCHANGE_MS = (
+    0.048  # a MoE layer's gather and way back in a CUDA graph, 32 rows, two GPUs ("Between two GPUs")
+)
 GATHER_GB_S = 228.0  # all-gather of 4,096 rows of bf16: 58.7 MB in 258 us, two GPUs
 RETURN_GB_S = 278.0  # all-to-all of fp32 sums, two GPUs
 LINK_GB_S = 6.0  # one pair's shipping over NCCL, the lower of 6 to 9 (docs/shipping.md)
@@ -84,7 +88,13 @@ class StepTime:
 
 def applies_to(model: ModelConfig, v32: ModelConfig) -> bool:
     """Whether the measurements say anything of this model: its sizes are those that were measured."""
-    ignored = {"quantized", "eos_token_ids", "bos_token_id", "num_nextn_predict_layers", "max_position_embeddings"}
+    ignored = {
+        "quantized",
+        "eos_token_ids",
+        "bos_token_id",
+        "num_nextn_predict_layers",
+        "max_position_embeddings",
+    }
     return all(getattr(model, f) == getattr(v32, f) for f in model.__struct_fields__ if f not in ignored)
 
 
@@ -114,13 +124,13 @@ def prefill_time(model: ModelConfig, tokens: int, cached: int, ranks: int) -> Pr
     return PrefillTime(compute, others * (gathered / GATHER_GB_S + returned / RETURN_GB_S) / 1e6)
 
 
-def attention_ms(context: int, batch: int) -> float:
+def attention_ms(context: int, batch: float) -> float:
     """One layer's attention in a decode step of one GPU: c0 + c1 x batch + c2 x batch x context, fitted to what was measured."""
     c0, c1, c2 = _ATTENTION
     return float(c0 + c1 * batch + c2 * batch * context)
 
 
-def step_time(model: ModelConfig, context: int, batch: int, ranks: int) -> StepTime:
+def step_time(model: ModelConfig, context: int, batch: float, ranks: int) -> StepTime:
     """A decode step in which every rank has `batch` requests of so many tokens. Experts are read as if every token chose its own
     at random, the most that can be."""
     layer = attention_ms(context, batch)
