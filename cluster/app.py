@@ -20,12 +20,16 @@ ON_HEAD = {"node:__internal_head__": 0.001}
 
 
 def start_controller(config: ClusterConfig, secret: str) -> Any:
-    """The prefix-cache controller: one named detached actor that Ray restarts for ever, where the ledger's file is: on the head."""
+    """The prefix-cache controller: one named detached actor that Ray restarts for ever, where the ledger's file is: on the head.
+
+    One that runs already stays, with the secret it was made with.
+    """
     return (
         ray.remote(PrefixCacheController)
         .options(
             name=ACTOR_NAME,
             namespace=NAMESPACE,
+            get_if_exists=True,
             lifetime="detached",
             max_restarts=-1,
             max_concurrency=1000,
@@ -44,7 +48,7 @@ def build(config: ClusterConfig, secret: str) -> Application:
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=1_000_000,  # the gateway's own limits count tokens; Serve's would count requests
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": config.gateway.num_cpus, "label_selector": config.gateway.labels},
         health_check_period_s=1,
         health_check_timeout_s=5,
     )(serve.ingress()(Gateway))
