@@ -123,7 +123,8 @@ MISTAKES: dict[str, tuple[Callable[[Object], object], str]] = {
         "unknown key route",
     ),
     "import path of no module": (
-        lambda s: s["spec"].update(serveConfigV2=s["spec"]["serveConfigV2"].replace(":application", "")),
+        lambda s: s["spec"].update(serveConfigV2=s["spec"]["serveConfigV2"].replace("cluster.kuberay:application", "kuberay")
+        ),
         "import path",
     ),
 }
