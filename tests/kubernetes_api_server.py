@@ -22,6 +22,7 @@ KINDS = {
         "Secret": "secrets",
     },
     "networking.k8s.io/v1": {"NetworkPolicy": "networkpolicies", "Ingress": "ingresses"},
+    "batch/v1": {"Job": "jobs"},
     "policy/v1": {"PodDisruptionBudget": "poddisruptionbudgets"},
     "ray.io/v1": {"RayService": "rayservices"},
     "monitoring.coreos.com/v1": {"PodMonitor": "podmonitors"},

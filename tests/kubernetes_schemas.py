@@ -69,9 +69,7 @@ _GROUP: dict[str, Object] = {
     "resources": TEXTS,
     "labels": TEXTS,
 }
-_HEAD = _closed(
-    "template", **_GROUP, headService=_core("Service"), enableIngress=BOOLEAN, serviceType=STRING
-)
+_HEAD = _closed("template", **_GROUP, headService=_core("Service"), enableIngress=BOOLEAN, serviceType=STRING)
 _WORKERS = _closed(
     "groupName minReplicas maxReplicas template",
     **_GROUP,

@@ -82,7 +82,18 @@ def test_what_the_build_sends_along_makes_a_whole_package(tmp_path: Path) -> Non
                 assert (folder / rest.split()[0]).is_file()
     assert not (folder / "tests").exists()
     subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path, folder],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "wheel",
+            "-q",
+            "--no-deps",
+            "--no-build-isolation",
+            "-w",
+            tmp_path,
+            folder,
+        ],
         check=True,
         timeout=120,
         capture_output=True,

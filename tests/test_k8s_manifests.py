@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
+
 import pytest
 import ray
 import yaml
@@ -123,7 +124,8 @@ MISTAKES: dict[str, tuple[Callable[[Object], object], str]] = {
         "unknown key route",
     ),
     "import path of no module": (
-        lambda s: s["spec"].update(serveConfigV2=s["spec"]["serveConfigV2"].replace("cluster.kuberay:application", "kuberay")
+        lambda s: s["spec"].update(
+            serveConfigV2=s["spec"]["serveConfigV2"].replace("cluster.kuberay:application", "kuberay")
         ),
         "import path",
     ),
@@ -156,7 +158,9 @@ def test_serve_gets_what_make_serve_starts(name: str) -> None:
 
 @every_overlay
 def test_serve_has_the_settings_of_make_serve(name: str) -> None:
-    wanted = {key: value for key, value in FAST_SERVE.items() if key != "RAY_AUTH_MODE"}  # authOptions says that
+    wanted = {
+        key: value for key, value in FAST_SERVE.items() if key != "RAY_AUTH_MODE"
+    }  # authOptions says that
     assert ray_cluster(overlay(name))["authOptions"] == {"mode": "token"}
     for group in groups(overlay(name)).values():
         given = environment(group)
@@ -316,7 +320,10 @@ def test_a_budget_never_asks_for_more_pods_than_there_are(name: str) -> None:
         selector = budget["spec"]["selector"]["matchLabels"]
         (role,) = [r for r, group in by_name.items() if selector.items() <= pod_labels(group).items()]
         guarded.append(role)
-        assert set(budget["spec"]) == {"minAvailable", "selector"}  # maxUnavailable needs an owner with a scale
+        assert set(budget["spec"]) == {
+            "minAvailable",
+            "selector",
+        }  # maxUnavailable needs an owner with a scale
         assert 1 <= budget["spec"]["minAvailable"] <= by_name[role].get("replicas", 1)
     assert sorted(guarded) == sorted(by_name)
 

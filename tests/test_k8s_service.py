@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 import yaml
-from kubernetes_objects import K8S, ROOT, container, environment, groups, of_kind, overlay
+from kubernetes_objects import ROOT, container, environment, groups, of_kind, overlay
 
 from cluster.key_store import KeyStore
 
@@ -129,25 +129,43 @@ def test_the_operators_way_leads_to_an_answer(nodes: Nodes, tmp_path: Path) -> N
     assert len({info["node"] for info in state["workers"]}) == 3  # one engine a pod
     for path in ("/health", "/-/healthz"):
         assert httpx.get(f"{url}{path}", timeout=10).status_code == 200
-    assert httpx.get(f"{nodes.agent}/api/healthz", timeout=10).status_code == 200  # without the token, as kubelet asks
-    _check_answer(url, tmp_path)
+    assert (
+        httpx.get(f"{nodes.agent}/api/healthz", timeout=10).status_code == 200
+    )  # without the token, as kubelet asks
+    key = _check_answer(url, tmp_path)
+
+    # One decode worker less, the way docs/operations.md says: the file first, then another revision.
+    settings = yaml.safe_load((tmp_path / "cluster.yaml").read_text())
+    settings["decode"]["workers"] = 1
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(settings))
+    section["applications"][0]["args"]["revision"] = "another"
+    done = httpx.put(applications, json=section, headers=bearer, timeout=60)
+    assert done.status_code == 200, done.text
+    before = {info["worker"] for info in state["workers"]}
+    while len(workers := _wait_ready(url, 120)["workers"]) != 2 or before & {
+        info["worker"] for info in workers
+    }:
+        time.sleep(0.5)
+    assert _ask(url, key).status_code == 200
 
 
-def _check_answer(url: str, folder: Path) -> None:
+def _ask(url: str, key: str) -> httpx.Response:
     body = {"model": "lightship", "max_tokens": 4, "messages": [{"role": "user", "content": "Hello!"}]}
-    assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 401
+    headers = {"Authorization": f"Bearer {key}"}
+    return httpx.post(f"{url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+
+def _check_answer(url: str, folder: Path) -> str:
+    """Makes a key while the service runs, and asks with it."""
+    assert _ask(url, "sk-unknown").status_code == 401
     store = KeyStore(f"sqlite:///{folder}/ledger.db")
     try:
         key = store.make("acme")
     finally:
         store.close()
     deadline = time.monotonic() + 30
-    while True:
-        answer = httpx.post(
-            f"{url}/v1/chat/completions", json=body, headers={"Authorization": f"Bearer {key}"}, timeout=60
-        )
-        if answer.status_code != 401 or time.monotonic() > deadline:
-            break
+    while (answer := _ask(url, key)).status_code == 401 and time.monotonic() < deadline:
         time.sleep(0.5)
     assert answer.status_code == 200, answer.text
     assert answer.json()["usage"]["completion_tokens"] >= 1
+    return key
