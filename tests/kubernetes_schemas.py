@@ -8,7 +8,6 @@ services inside are Kubernetes' own.
 import functools
 import json
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,8 @@ import jsonschema
 import kubernetes_validate
 import yaml
 from pydantic import BaseModel
+from ray.serve.schema import ServeDeploySchema
 from referencing import Registry, Resource
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # Ray's own, of pydantic
-    from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
-
-__all__ = ["HTTPOptionsSchema", "ServeDeploySchema", "complaints", "serve_complaints"]
 
 SCHEMAS = Path(kubernetes_validate.__file__).parent / "kubernetes-json-schema" / "v1.37.0-local-strict"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -25,7 +25,8 @@ from kubernetes_objects import (
     ray_cluster,
     render,
 )
-from kubernetes_schemas import HTTPOptionsSchema, ServeDeploySchema, complaints
+from kubernetes_schemas import complaints
+from ray.serve.schema import HTTPOptionsSchema, ServeDeploySchema
 
 from cluster import kuberay
 from cluster.app import APP_NAME
