@@ -81,6 +81,7 @@ def test_what_the_build_sends_along_makes_a_whole_package(tmp_path: Path) -> Non
             if word == "COPY" and "--from" not in rest and rest != ". .":
                 assert (folder / rest.split()[0]).is_file()
     assert not (folder / "tests").exists()
+    ours = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent != folder}
     subprocess.run(
         [
             sys.executable,
@@ -100,6 +101,5 @@ def test_what_the_build_sends_along_makes_a_whole_package(tmp_path: Path) -> Non
     )
     (wheel,) = tmp_path.glob("*.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
-    ours = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent != folder}
     assert not {name for name in ours - packed if not name.startswith(".ci/") and not name.endswith(".md")}
     assert {"cluster/cluster.yaml", "demo/spec.txt", "demo/checkpoint/config.json"} <= packed
