@@ -40,7 +40,7 @@ class RoutingAttempt(Struct, frozen=True, kw_only=True):
 
 
 class Phases(Struct, frozen=True, kw_only=True):
-    """Seconds. queue: at the prefill worker before its first step; ship: from the first token until the caches had landed;
+    """Seconds. queue: at the gateway and at the prefill worker before its first step; ship: from the first token until the caches had landed;
     first_token and total: since the request's arrival."""
 
     queue: float

@@ -37,6 +37,7 @@ class Record:
     usage: dict[str, Any] | None = None
     timing: dict[str, float] | None = None
     error: str | None = None
+    tenant: str = ""  # whose key it was sent with, where there are several
 
     def flaw(self) -> str | None:
         """What is wrong with an answer that came to its end."""

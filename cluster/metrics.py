@@ -80,7 +80,9 @@ class Metrics:
         self._first_token = seconds("time_to_first_token", "admission to the first token sent to the client")
         self._between_tokens = seconds("inter_token_latency", "between two tokens of a stream", SHORT_S)
         self._end_to_end = seconds("e2e_request_latency", "admission to the end of the answer")
-        self._queue = seconds("request_queue_time", "at the prefill worker before the first step")
+        self._queue = seconds(
+            "request_queue_time", "at the gateway and at the prefill worker before the first step"
+        )
         self._prefill = seconds("request_prefill_time", "first prefill step to first token")
         self._ship = seconds("request_ship_time", "first token until the caches had landed", SHORT_S)
         self._running = Gauge(
