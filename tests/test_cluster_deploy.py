@@ -13,7 +13,6 @@ from pathlib import Path
 import httpx
 import pytest
 
-
 from cluster import deploy
 from cluster.config import ClusterConfig, TenantConfig
 from cluster.serve import FAST_SERVE, StartError

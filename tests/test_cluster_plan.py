@@ -1,8 +1,11 @@
 """The planner: memory is counted whole, more of anything never fits less, times grow with the work, and its config loads."""
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -14,6 +17,7 @@ from cluster import plan, plan_times
 from cluster.config import load
 from cluster.plan_choice import Hardware, Mix, Split, shapes, splits, workers_needed
 from cluster.plan_memory import DoesNotFit, GpuMemory, gpu_memory, requests_that_fit, weight_bytes
+from kernels import dispatch
 from workers.config import EngineConfig
 from workers.model import load_model
 from workers.model_config import ModelConfig
@@ -45,15 +49,16 @@ def split(mix: Mix, prefills: int = 1, decodes: int = 1) -> Split:
 
 
 def test_weights_are_those_that_a_worker_holds(tmp_path: Path) -> None:
-    """Every tensor of a real model of true sizes, one dense layer and one with experts, without its memory."""
-    import json
-
+    """Every tensor of a real model of true sizes, as the GPU's kernels want it, one dense layer and one with experts, without its memory."""
     config = CONFIG | slice_config(2) | {"first_k_dense_replace": 1}
     write_tiny(tmp_path)
     (tmp_path / "config.json").write_text(
         json.dumps(json.loads((tmp_path / "config.json").read_text()) | config)
     )
-    model = load_model(tmp_path, EngineConfig(device="meta", random_weights=0))
+    ours, plain = dispatch.select("triton"), dispatch.select("reference")
+    names = ("prepare_fp8_weight", "prepare_experts")
+    ops: Any = SimpleNamespace(**vars(plain) | {name: getattr(ours, name) for name in names})
+    model = load_model(tmp_path, EngineConfig(device="meta", random_weights=0), ops=ops)
     counted = weight_bytes(model.config, 1)
     assert _tensor_bytes([model._embedding, model._head]) == counted.embedding_and_head
     held = _tensor_bytes([model._embedding, model._head, model._norm, model.layers])
@@ -112,7 +117,7 @@ def test_more_memory_never_fits_fewer_requests(device: int, more: int, tokens: i
 
 
 def test_what_does_not_fit_says_why() -> None:
-    with pytest.raises(DoesNotFit, match=r"150 GB has no room .* 674\.\d GB of weights"):
+    with pytest.raises(DoesNotFit, match=r"150 GB has no room .* 675\.\d GB of weights"):
         gpu_memory(V32, ENGINE, 140 * GIB)
     with pytest.raises(DoesNotFit, match="a request of 900001 tokens does not fit"):
         split(Mix(900_000, 1, 0.0, 1.0))
