@@ -50,7 +50,8 @@ class Call:
     status: int | None = None  # None: the client left before there was an answer
     error: str | None = None
     arrived_at: float = field(default_factory=time.time)
-    clock: float = field(default_factory=time.perf_counter)
+    clock: float = field(default_factory=time.monotonic)
+    read_at: float = 0.0  # of the same clock: the whole body had been read
 
     @classmethod
     def of(cls, request: Request) -> "Call":
@@ -173,7 +174,7 @@ def line_of(call: Call) -> Line:
         prefill=phases.prefill if phases else 0.0,
         ship=phases.ship if phases else 0.0,
         first_token=phases.first_token if phases else 0.0,
-        total=time.perf_counter() - call.clock,
+        total=time.monotonic() - call.clock,
         workers=list(dict.fromkeys(worker for ending in endings for worker in ending.workers)),
         restarts=sum(settled.resumes for settled in settlements),
     )

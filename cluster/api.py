@@ -31,7 +31,7 @@ from cluster.errors import (
     UnsupportedMedia,
 )
 from cluster.fleet import Fleet
-from cluster.flight import Flight, Pilot
+from cluster.flight import Flight, Pilot, Timing
 from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
 from cluster.openapi import document
@@ -193,6 +193,13 @@ class Api:
         return _json(encode(state), status=200 if state.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
+        self._metrics.observe_gateway(
+            ready=self._fleet.state().ready,
+            linked=len(self._fleet.linked_pairs()),
+            routable=len(self._fleet.routable_pairs()),
+            queued_tokens=self._pilot.queued_tokens,
+            unsettled=self._books.num_unsettled,
+        )
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def console_state(self, request: Request) -> Response:
@@ -231,6 +238,7 @@ class Api:
             body += chunk
             if len(body) > limit:
                 raise TooLarge(max_bytes=limit)
+        Call.of(request).read_at = time.monotonic()
         return bytes(body)
 
     def _check_model(self, model: str) -> None:
@@ -277,6 +285,7 @@ class Api:
                     page_hashes=hashes,
                     wants_progress=wanted.return_progress,
                     wants_selected_pages=wanted.selected_pages,
+                    timing=Timing(admitted_at=call.read_at),
                 )
                 output = Output(
                     self._tokenizer,

@@ -121,6 +121,8 @@ async def _serve(
     tasks = [asyncio.create_task(books.settle_forever()), asyncio.create_task(_report_pages(cluster))]
     tokenizer = Tokenizer(model)
     codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
+    metrics = Metrics()
+    fleet.on_load, fleet.on_gone = metrics.observe_load, metrics.forget
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
@@ -129,7 +131,7 @@ async def _serve(
         structured=StructuredOutput.load(model, tokenizer, codec.name),
         pilot=pilot,
         books=books,
-        metrics=Metrics(),
+        metrics=metrics,
         fleet=fleet,
     )
     paths.extend(route.path for route in api.routes)
