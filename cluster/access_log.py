@@ -59,6 +59,11 @@ class Call:
         call: Call = request.state.call
         return call
 
+    @property
+    def seconds(self) -> float:
+        """Since its arrival."""
+        return time.monotonic() - self.clock
+
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
     """What is logged. Tokens, cost and restarts: of all choices; seconds: of the first, and `total` of everything."""
@@ -89,7 +94,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 class AccessLog:
     """The ASGI application around all others. `refuse` answers a request whose own id cannot be used.
 
-    echoes_id False: a proxy in front puts the header on every answer.
+    echoes_id False: a proxy in front puts the header on every answer. trace: called with each call that is over.
     """
 
     def __init__(
@@ -98,8 +103,10 @@ class AccessLog:
         *,
         refuse: Callable[[Request, ApiError], Awaitable[Response]],
         echoes_id: bool = True,
+        trace: Callable[[Call, Headers], None] | None = None,
     ) -> None:
         self._app = app
+        self._trace = trace
         self._refuse = refuse
         self._echoes_id = echoes_id
 
@@ -123,6 +130,8 @@ class AccessLog:
             if call.answer is not None:
                 await call.answer.close()  # a request whose client has left is settled now
             write(call)
+            if self._trace is not None:
+                self._trace(call, Headers(scope=scope))
 
     async def _run(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -174,7 +183,7 @@ def line_of(call: Call) -> Line:
         prefill=phases.prefill if phases else 0.0,
         ship=phases.ship if phases else 0.0,
         first_token=phases.first_token if phases else 0.0,
-        total=time.monotonic() - call.clock,
+        total=call.seconds,
         workers=list(dict.fromkeys(worker for ending in endings for worker in ending.workers)),
         restarts=sum(settled.resumes for settled in settlements),
     )

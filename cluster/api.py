@@ -42,6 +42,7 @@ from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from cluster.usage import days_of, report
 from workers.page_hash import page_hashes
 from workers.request import Grammar
@@ -101,11 +102,12 @@ class Api:
             *(Route(path, self.page) for path in self._page),
         ]
 
-    def app(self, *, echoes_id: bool = True) -> ASGIApp:
+    def app(self, *, echoes_id: bool = True, tracing: Tracing | None = None) -> ASGIApp:
         """echoes_id False: a proxy in front puts x-request-id on every answer."""
         handlers = {ApiError: self._api_error, HTTPException: self._http_error, Exception: self._fault}
         app = Starlette(routes=self.routes, exception_handlers=handlers)  # type: ignore[arg-type]
-        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id)
+        trace = tracing and tracing.record
+        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id, trace=trace)
 
     async def chat(self, request: Request) -> Response:
         tenant = self._admit(request)

@@ -23,6 +23,7 @@ from cluster.prices import PriceBook
 from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 
@@ -135,7 +136,9 @@ async def _serve(
         fleet=fleet,
     )
     paths.extend(route.path for route in api.routes)
-    server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning"))
+    traces = config.gateway.traces
+    tracing = Tracing(traces, gateway=fleet.gateway) if traces is not None else None
+    server = uvicorn.Server(uvicorn.Config(api.app(tracing=tracing), port=0, log_level="warning"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -145,6 +148,8 @@ async def _serve(
     await asyncio.to_thread(stop.wait)
     server.should_exit = True
     await serving
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     for task in tasks:
         task.cancel()
     await controller.close()
