@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -25,6 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster import client
 from cluster.loadtest_report import Record, Slo, plot, summarize, table
+from cluster.loadtest_send import send
 
 DEFAULT_VOCAB = 32_000  # where the server's model card does not say
 DEFAULT_SECONDS = 30.0
@@ -134,38 +134,8 @@ class LoadTest:
     async def _request(self, index: int, stream: int) -> Record:
         body, num_input, num_output = self._plan.body(index, stream)
         record = Record(index=index, start_s=self._now(), input_tokens=num_input, output_tokens=num_output)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._stream(body, record)
-        except TimeoutError:
-            record.error = "timeout"
-        except httpx.HTTPError as error:
-            record.error = type(error).__name__
-        except msgspec.DecodeError:
-            record.error = "not JSON"
-        record.end_s = self._now()
+        await send(self._http, "/v1/completions", body, record, now=self._now, timeout_s=self._timeout_s)
         return record
-
-    async def _stream(self, body: bytes, record: Record) -> None:
-        events = client.Events()
-        async with self._http.stream("POST", "/v1/completions", content=body) as answer:
-            if answer.status_code != 200:
-                record.error = client.error_text(answer.status_code, await answer.aread())
-                return
-            async for data in answer.aiter_bytes():
-                for event in events.push(data):
-                    self._take(event, record)
-        if record.error is None:
-            record.error = record.flaw() if events.done else "the stream was cut"
-
-    def _take(self, event: dict[str, Any], record: Record) -> None:
-        if "error" in event:
-            record.error = f"in the stream: {client.error_message(event)}"
-        for choice in event.get("choices", []):
-            if choice.get("text") or choice.get("finish_reason") is None:
-                record.chunks_s.append(self._now())
-        record.usage = event.get("usage") or record.usage
-        record.timing = event.get("timing") or record.timing
 
     def _now(self) -> float:
         return time.perf_counter() - self._started
