@@ -124,7 +124,7 @@ def summarize(records: Sequence[Record], slo: Slo) -> dict[str, Any]:
         "goodput_requests_per_s": per_second(num_good),
         "slo_attainment": num_good / num_kept if num_kept else 0.0,
         "added_share_of_ttft": sum(r.added_s or 0.0 for r in done) / ttft if ttft else None,
-        **{name: statistics(values) for name, values in _latencies(done).items()},
+        **{name: statistics(values) for name, values in latencies(done).items()},
     }
 
 
@@ -152,9 +152,9 @@ def plot(records: Sequence[Record], path: Path) -> None:
     done = [record for record in records if record.completed]
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 3)
-    latencies = _latencies(done)
+    values_of = latencies(done)
     for axis, name in zip(axes.flat, ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"), strict=False):
-        axis.ecdf([value * 1e3 for value in latencies[name]] or [0.0])
+        axis.ecdf([value * 1e3 for value in values_of[name]] or [0.0])
         axis.set(title=LATENCIES[name], xlabel="ms", ylabel="share of all", ylim=(0, 1))
         axis.set_xlim(left=0)
     course, throughput = axes.flat[4:]
@@ -172,8 +172,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _latencies(done: Sequence[Record]) -> dict[str, list[float]]:
-    """Seconds, by the names of LATENCIES."""
+def latencies(done: Sequence[Record]) -> dict[str, list[float]]:
+    """Seconds, by the keys of LATENCIES."""
     return {
         "ttft_ms": [r.ttft_s for r in done],
         "tpot_ms": [r.tpot_s for r in done if r.tpot_s is not None],
