@@ -9,6 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
@@ -49,6 +50,11 @@ class Call:
     answer: Answer | None = None
     status: int | None = None  # None: the client left before there was an answer
     error: str | None = None
+    deadline: float | None = None  # of the event loop's clock
+    headers: dict[str, str] = field(default_factory=dict)  # of the answer, whatever it will be
+    exits: ExitStack = field(
+        default_factory=ExitStack
+    )  # gives back what the request holds, once it is settled
     arrived_at: float = field(default_factory=time.time)
     clock: float = field(default_factory=time.monotonic)
     read_at: float = 0.0  # of the same clock: the whole body had been read
@@ -120,6 +126,7 @@ class AccessLog:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
+                MutableHeaders(scope=message).update(call.headers)
                 if self._echoes_id:
                     MutableHeaders(scope=message)[HEADER] = call.client_id or call.id
             await send(message)
@@ -127,8 +134,9 @@ class AccessLog:
         try:
             await self._run(call, scope, receive, answer)
         finally:
-            if call.answer is not None:
-                await call.answer.close()  # a request whose client has left is settled now
+            with call.exits:
+                if call.answer is not None:
+                    await call.answer.close()  # a request whose client has left is settled now
             write(call)
             if self._trace is not None:
                 self._trace(call, Headers(scope=scope))

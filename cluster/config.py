@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import msgspec
 
-from cluster.chat_encoding import ChatFormat
+from cluster.chat_encoding import ChatFormat, Message
+from cluster.limits import TenantLimits
 from workers.config import EngineConfig
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
@@ -37,12 +38,14 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Limits of one gateway replica. Beyond them it answers 429 (413 for a body)."""
+    """Limits of one gateway replica. Beyond them it answers 429 or 503 (413 for a body)."""
 
     replicas: AtLeastOne = 1
     max_body_bytes: AtLeastOne = 4 * 2**20
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
+    request_timeout_s: Positive = 600.0  # of a request that names none in x-request-timeout
+    max_request_timeout_s: Positive = 3600.0  # that one may name
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
     access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
     traces: HttpUrl | None = None  # an OpenTelemetry collector's OTLP/HTTP endpoint; None: no traces
@@ -53,6 +56,20 @@ class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: Name
     keys: Annotated[list[KeyHash], msgspec.Meta(min_length=1)]
+    limits: TenantLimits = TenantLimits()  # those set with `cluster.keys` go before
+
+
+class PublicPrefixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The beginning of prompts whose cached pages all tenants share: exactly one of the four."""
+
+    file: Name | None = None  # UTF-8: read when the service starts, and then its text
+    text: Name | None = None  # of a raw prompt, or of a chat's system message
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)] | None = None  # as in a chat
+    tokens: Annotated[list[int], msgspec.Meta(min_length=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(getattr(self, name) is not None for name in self.__struct_fields__) != 1:
+            raise ValueError("exactly one of file, text, messages and tokens must be set")
 
 
 class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -70,17 +87,24 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     prefill: RoleConfig = RoleConfig()
     decode: RoleConfig = RoleConfig()
     gateway: GatewayConfig = GatewayConfig()
-    tenants: list[TenantConfig] = []  # none: every caller is tenant "default", on a loopback host only
+    tenants: list[TenantConfig] = []
+    keys_required: bool = False  # false: while no key was ever made, every caller is tenant "default"
+    public_prefixes: list[PublicPrefixConfig] = []
     ledger: LedgerConfig = LedgerConfig()
     price_entry: Name = "v3.2-exp-launch"  # of the price book
     num_cpus: AtLeastOne | None = None  # what Ray may count on where it is started on this machine; None: all
 
     def __post_init__(self) -> None:
+        if self.gateway.request_timeout_s > self.gateway.max_request_timeout_s:
+            raise ValueError(
+                f"gateway.request_timeout_s is {self.gateway.request_timeout_s:g}, more than "
+                f"gateway.max_request_timeout_s, which is {self.gateway.max_request_timeout_s:g}"
+            )
         _check_tenants(self.tenants)
-        if not self.tenants and not is_loopback(self.host):
+        if not self.tenants and not self.keys_required and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host!r} is not a loopback address and tenants is empty: anyone who can reach it could use "
-                "the service; configure tenants with keys or set host to 127.0.0.1"
+                "the service; set keys_required, configure tenants with keys, or set host to 127.0.0.1"
             )
         for key in ("precision", "max_context"):
             mine, theirs = getattr(self.prefill.engine, key), getattr(self.decode.engine, key)

@@ -19,6 +19,7 @@ from typing import Literal, TypeVar, TypeVarTuple
 
 import msgspec
 
+from cluster.key_store import KeyList, KeyStore
 from cluster.ledger import DayTotals, Ledger, Totals
 from cluster.prefix_directory import PageChange, PrefixDirectory
 from cluster.records import LedgerUnavailable, Opening, Record, Settled, Settlement
@@ -86,6 +87,8 @@ class PrefixCacheController:
         self._num_logged_pages = 0
         self._changed = asyncio.Event()
         self._writer = _LedgerWriter(ledger_url)
+        self._ledger_url = ledger_url
+        self._keys: KeyStore | None = None
         self._orphans: dict[str, tuple[int, float]] = {}  # request id -> (output tokens, when to settle)
         self._settling: set[asyncio.Task[None]] = set()
 
@@ -171,11 +174,23 @@ class PrefixCacheController:
         """One key's sums by day. Raises LedgerUnavailable."""
         return await self._writer.call(Ledger.days, tenant, key_id, first, last)
 
+    async def keys(self, known: int) -> KeyList | None:
+        """API keys and limits; None where nothing has changed since version `known`. Raises LedgerUnavailable."""
+        return await asyncio.to_thread(self._read_keys, known)
+
     async def close(self) -> None:
         """Settles the orphans there are and closes the ledger."""
         self._settle_orphans(float("inf"))
         await asyncio.gather(*self._settling)
         await self._writer.close()
+        if self._keys is not None:
+            self._keys.close()
+
+    def _read_keys(self, known: int) -> KeyList | None:
+        """On any thread. The database may come up after the controller."""
+        if self._keys is None:
+            self._keys = KeyStore(self._ledger_url)
+        return self._keys.read(known)
 
     def _look_around(self) -> None:
         now = self._clock()

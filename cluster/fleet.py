@@ -30,6 +30,13 @@ class WorkerLost(msgspec.Struct, frozen=True):
     worker: str
 
 
+class DeadlinePassed(msgspec.Struct, frozen=True):
+    """Put into an attempt's mailbox when its time is up."""
+
+
+Note = Update | WorkerLost | DeadlinePassed
+
+
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to /ready. `pairs`: "prefill -> decode" and whether a real token has gone through the pair."""
 
@@ -39,12 +46,14 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connection:
-    """One worker. `assigned_tokens` are prompt tokens that this gateway has sent it and that it has not dealt with yet."""
+    """One worker. `assigned_tokens` are prompt tokens that this gateway has sent it and that it has not dealt with yet;
+    `assigned_requests`, of a decode worker, those whose caches have not landed yet."""
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
         self.load = Load()
         self.assigned_tokens = 0
+        self.assigned_requests = 0
         self.alive = False
         self.task: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -76,20 +85,20 @@ class Mailbox:
     larger events instead of falling further behind."""
 
     def __init__(self) -> None:
-        self._updates: deque[Update | WorkerLost] = deque()
+        self._updates: deque[Note] = deque()
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._updates)
 
-    def put(self, update: Update | WorkerLost) -> None:
+    def put(self, update: Note) -> None:
         if self._updates and (joined := _join(self._updates[-1], update)) is not None:
             self._updates[-1] = joined
         else:
             self._updates.append(update)
         self._arrived.set()
 
-    async def get(self) -> Update | WorkerLost:
+    async def get(self) -> Note:
         """Waits for one. For a single reader."""
         while not self._updates:
             self._arrived.clear()
@@ -97,7 +106,7 @@ class Mailbox:
         return self._updates.popleft()
 
 
-def _join(before: Update | WorkerLost, after: Update | WorkerLost) -> Tokens | None:
+def _join(before: Note, after: Note) -> Tokens | None:
     """Both as one; None where the second does not go on where the first ends."""
     if not (isinstance(before, Tokens) and isinstance(after, Tokens)):
         return None
@@ -123,6 +132,7 @@ class Fleet:
         self.changed = asyncio.Event()  # set whenever a worker or a pair has come or gone
         self.on_load: Callable[[str, str, Load], None] = lambda worker, role, load: None
         self.on_gone: Callable[[str], None] = lambda worker: None
+        self.on_frame: Callable[[], None] = lambda: None  # some worker's load is news
         self._hello = Hello(gateway=gateway, secret=secret)
         self._timeout_s = timeout_s
         self._attempts: dict[str, tuple[Mailbox, frozenset[str]]] = {}
@@ -175,13 +185,22 @@ class Fleet:
         self._attempts[attempt] = mailbox, workers
         return mailbox
 
+    def expire(self, attempt: str) -> None:
+        """The attempt's time is up: its workers are told to stop, even while nobody reads its mailbox."""
+        mailbox, workers = self._attempts[attempt]
+        mailbox.put(DeadlinePassed())
+        self._abort(attempt, workers)
+
     def end(self, attempt: str, *, abort: bool) -> None:
         """Closes the attempt's mailbox; with `abort` its workers are told to stop."""
         _, workers = self._attempts.pop(attempt)
         if abort:
-            for worker in workers:
-                if worker in self.connections:
-                    self.connections[worker].send(Abort(attempt))
+            self._abort(attempt, workers)
+
+    def _abort(self, attempt: str, workers: frozenset[str]) -> None:
+        for worker in workers:
+            if worker in self.connections:
+                self.connections[worker].send(Abort(attempt))
 
     async def close(self) -> None:
         tasks = [c.task for c in self.connections.values() if c.task is not None]
@@ -226,6 +245,7 @@ class Fleet:
             attempt = self._attempts.get(update.request_id)
             if attempt is not None:
                 attempt[0].put(update)
+        self.on_frame()
 
     async def _gone(self, connection: Connection) -> None:
         was_alive = connection.alive

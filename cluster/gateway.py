@@ -28,6 +28,7 @@ from cluster.prices import PriceBook
 from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
+from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
 from cluster.tracing import Tracing
 from kernels.layout import PAGE_SIZE
@@ -58,6 +59,7 @@ class Gateway:
         self._metrics = Metrics()
         self._directory = PrefixDirectory()
         self._books = Books(self._controller, PriceBook.load(), config.price_entry)
+        self._tenants = Tenants(config)
         self._fleet = Fleet(
             gateway=f"gateway-{secrets.token_hex(4)}",
             secret=secret,
@@ -79,10 +81,13 @@ class Gateway:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve on the replica's own event loop once the constructor is done."""
-        self._tasks = [
-            asyncio.create_task(work)
-            for work in (self._watch(), self._prove_pairs(), self._books.settle_forever())
-        ]
+        duties = (
+            self._watch(),
+            self._prove_pairs(),
+            self._books.settle_forever(),
+            self._tenants.follow(self._controller),
+        )
+        self._tasks = [asyncio.create_task(duty) for duty in duties]
         api = Api(
             self._config,
             limits=self._limits,
@@ -93,6 +98,7 @@ class Gateway:
             books=self._books,
             metrics=self._metrics,
             fleet=self._fleet,
+            tenants=self._tenants,
         )
         # Serve's proxy puts x-request-id on every answer.
         return api.app(echoes_id=False, tracing=self._tracing)

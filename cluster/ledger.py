@@ -103,7 +103,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Ledger:
     """The one writer; makes the database where there is none. Raises LedgerUnavailable, here and from every method.
 
-    Not for several threads at once. Of two writers on one database, the one that comes second gets LedgerUnavailable.
+    Not for several threads at once. Of two writers on one database, the one that comes second waits, or gets LedgerUnavailable.
     """
 
     def __init__(self, url: str) -> None:
@@ -122,7 +122,7 @@ class Ledger:
         is answered with the first one. A refused record does not keep the others from being written. Where this raises,
         nothing of the batch was written.
         """
-        with self._database.begin() as connection:
+        with self._database.write() as connection:
             tail = _Tail(connection, {record.request_id for record in batch})
             answers = [tail.add(record) for record in batch]
             tail.write(connection)

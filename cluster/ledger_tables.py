@@ -73,6 +73,15 @@ class Database:
             yield connection
 
     @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """As `begin`, for a transaction that will write. On SQLite it waits for its turn at once: one that has read before it
+        waits would find its snapshot outdated by another process, such as `cluster.keys`. Raises LedgerUnavailable.
+        """
+        engine = self._engine.execution_options(will_write=True)
+        with self._translated(), engine.begin() as connection:
+            yield connection
+
+    @contextmanager
     def existing(self) -> Iterator[sa.Connection]:
         """A transaction to read from, on a ledger that must be there; closes the engine. Raises LedgerUnavailable."""
         if self._path is not None and not self._path.is_file():
@@ -190,4 +199,5 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    will_write = connection.get_execution_options().get("will_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if will_write else "BEGIN")

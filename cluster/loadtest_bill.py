@@ -64,19 +64,19 @@ def of_ledger(url: str, prefix: str, records: Sequence[Record]) -> Bill:
 
 def compare(rows: Sequence[dict[str, Any]], records: Sequence[Record]) -> Bill:
     """rows: client_id, finish, output_tokens, hit_tokens, miss_tokens and amount of each request; None: not settled."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str | None, dict[str, Any]] = {}
     bill = Bill(source="the ledger", replies=0, cut_short=0, ledger=sum(row["amount"] or 0 for row in rows))
     for row in rows:
         if row["client_id"] in found:
             bill.differences.append(f"{row['client_id']} is there twice")
         found[row["client_id"]] = row
     for record in records:
-        row = found.pop(record.client_id or "", None)
-        bill.differences += [f"{record.client_id}: {what}" for what in _differences(record, row)]
+        mine = found.pop(record.client_id) if record.client_id in found else None
+        bill.differences += [f"{record.client_id}: {what}" for what in _differences(record, mine)]
         if record.completed:
             bill.replies += _cost(record)
-        elif row is not None:
-            bill.cut_short += row["amount"] or 0
+        elif mine is not None:
+            bill.cut_short += mine["amount"] or 0
     bill.differences += [f"{client_id} was never sent" for client_id in found]
     if bill.replies + bill.cut_short != bill.ledger:
         bill.differences.append("the sums differ")

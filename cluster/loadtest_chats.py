@@ -13,11 +13,12 @@ import numpy as np
 from cluster.loadtest_report import Record
 
 PATH = "/v1/chat/completions"
-WORDS = (
-    "time year people way day man thing woman life child world school state family student group country problem hand part place case "
-    "week company system program question work government number night point home water room mother area money story fact month lot right "
-    "study book eye job word business issue side kind head house service friend father power hour game line end member law car city"
-).split()
+TEXT = """
+time year people way day man thing woman life child world school state family student group country problem hand part place case week
+company system program question work government number night point home water room mother area money story fact month lot right study
+book eye job word business issue side kind head house service friend father power hour game line end member law car city
+"""
+WORDS = TEXT.split()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,12 +65,18 @@ def render(report: Report) -> str:
         *(f"<p>{html.escape(note)}</p>" for note in report.notes),
     ]
     head = f'<meta charset="utf-8"><title>{html.escape(report.title)}</title><style>{STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}</head><body>\n'
+        + "\n".join(parts)
+        + "\n</body></html>\n"
+    )
 
 
 def _verdict(report: Report) -> str:
     summary = report.summary
-    lines = [f"{summary['completed']} of {summary['requests']} requests completed in {summary['seconds']:.1f} s"]
+    lines = [
+        f"{summary['completed']} of {summary['requests']} requests completed in {summary['seconds']:.1f} s"
+    ]
     if summary["cancelled"]:
         lines.append(f"{summary['cancelled']} cancelled, as planned")
     sentences = [_marked(", ".join(lines), good=not summary["failed"])]
@@ -94,7 +100,12 @@ def _figures(summary: dict[str, Any]) -> list[tuple[str, str]]:
         ("billed in replies", dollars(summary["cost_nanodollars"])),
     ]
     if any(summary["slo"].values()):
-        rows.append(("goodput", f"{summary['goodput_requests_per_s']:.2f}/s, {summary['slo_attainment']:.1%} of requests"))
+        rows.append(
+            (
+                "goodput",
+                f"{summary['goodput_requests_per_s']:.2f}/s, {summary['slo_attainment']:.1%} of requests",
+            )
+        )
     return rows
 
 
@@ -109,9 +120,20 @@ def _percentiles(summary: dict[str, Any]) -> list[tuple[str, ...]]:
 def _sweep(report: Report) -> list[str]:
     if not report.steps:
         return []
-    rows = [(f"{step.rate:.3g}", f"{step.attainment:.1%}") for step in sorted(report.steps, key=lambda step: step.rate)]
-    knee = "not even the lowest rate kept the promise" if report.knee is None else f"{report.knee:.3g} requests/s"
-    return ["<h2>Sweep</h2>", f"<p>The knee: {html.escape(knee)}</p>", _table(("requests/s", "within the SLO"), rows)]
+    rows = [
+        (f"{step.rate:.3g}", f"{step.attainment:.1%}")
+        for step in sorted(report.steps, key=lambda step: step.rate)
+    ]
+    knee = (
+        "not even the lowest rate kept the promise"
+        if report.knee is None
+        else f"{report.knee:.3g} requests/s"
+    )
+    return [
+        "<h2>Sweep</h2>",
+        f"<p>The knee: {html.escape(knee)}</p>",
+        _table(("requests/s", "within the SLO"), rows),
+    ]
 
 
 def _kills(kills: Sequence[Killed]) -> list[str]:
@@ -120,14 +142,23 @@ def _kills(kills: Sequence[Killed]) -> list[str]:
 
 
 def _errors(errors: dict[str, int]) -> list[str]:
-    return ["<h2>Errors</h2>", _table((), [(error, str(count)) for error, count in errors.items()])] if errors else []
+    return (
+        ["<h2>Errors</h2>", _table((), [(error, str(count)) for error, count in errors.items()])]
+        if errors
+        else []
+    )
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
 
-    return "<table>" + (line(header, "th") if header else "") + "".join(line(row, "td") for row in rows) + "</table>"
+    return (
+        "<table>"
+        + (line(header, "th") if header else "")
+        + "".join(line(row, "td") for row in rows)
+        + "</table>"
+    )
 
 
 def _plots(report: Report) -> list[str]:
@@ -160,7 +191,13 @@ def _course(axes: "Axes", report: Report) -> None:
     }
     for (name, records), marker in zip(kinds.items(), "o^x", strict=True):
         if records:
-            axes.scatter([r.start_s for r in records], [r.ttft_s * 1e3 for r in records], s=9, marker=marker, label=name)
+            axes.scatter(
+                [r.start_s for r in records],
+                [r.ttft_s * 1e3 for r in records],
+                s=9,
+                marker=marker,
+                label=name,
+            )
     for kill in report.kills:
         axes.axvline(kill.at_s, color="#b3261e", linestyle=":")
     axes.set(xlabel="s", ylabel="TTFT, ms")
@@ -201,7 +238,9 @@ def _svg(title: str, draw: Callable[["Axes"], None]) -> str:
         draw(axes)
         axes.set_title(title, fontsize="medium")
         text = io.StringIO()
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            text, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

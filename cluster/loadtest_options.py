@@ -42,16 +42,29 @@ def _make_trace(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("trace", type=Path, help="JSON lines are written here")
     parser.add_argument("--minutes", type=positive, default=usual.minutes, help="%(default)s")
     parser.add_argument(
-        "--sessions-per-minute", type=positive, default=usual.sessions_per_minute, help="on average (%(default)s)"
+        "--sessions-per-minute",
+        type=positive,
+        default=usual.sessions_per_minute,
+        help="on average (%(default)s)",
     )
-    parser.add_argument("--turns", type=_at_least_one, default=usual.turns, help="of a session, on average (%(default)s)")
-    parser.add_argument("--max-input", type=count, default=usual.max_input, help="tokens of a prompt (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same trace (%(default)s)")
+    parser.add_argument(
+        "--turns", type=_at_least_one, default=usual.turns, help="of a session, on average (%(default)s)"
+    )
+    parser.add_argument(
+        "--max-input", type=count, default=usual.max_input, help="tokens of a prompt (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="the same seed gives the same trace (%(default)s)"
+    )
 
 
 def _replay(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("trace", type=Path, help="JSON lines: timestamp (ms), input_length, output_length, hash_ids")
-    parser.add_argument("--speed", type=positive, default=1.0, help="4: in a quarter of the trace's time (%(default)s)")
+    parser.add_argument(
+        "trace", type=Path, help="JSON lines: timestamp (ms), input_length, output_length, hash_ids"
+    )
+    parser.add_argument(
+        "--speed", type=positive, default=1.0, help="4: in a quarter of the trace's time (%(default)s)"
+    )
     parser.add_argument(
         "--block-tokens",
         type=count,
@@ -68,28 +81,49 @@ def _chats(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system-words", type=int, default=300, help="that all have in common (%(default)s)")
     parser.add_argument("--turn-words", type=count, default=40, help="of each question (%(default)s)")
     parser.add_argument("--output", type=token_range, default=(64, 64), help="output tokens (64)")
-    parser.add_argument("--think", type=positive, default=1.0, help="seconds between turns, on average (%(default)s)")
+    parser.add_argument(
+        "--think", type=positive, default=1.0, help="seconds between turns, on average (%(default)s)"
+    )
     _common(parser)
 
 
 def _sweep(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--from", dest="low", type=positive, default=0.25, help="requests a second (%(default)s)")
-    parser.add_argument("--to", dest="high", type=positive, default=8.0, help="requests a second (%(default)s)")
+    parser.add_argument(
+        "--from", dest="low", type=positive, default=0.25, help="requests a second (%(default)s)"
+    )
+    parser.add_argument(
+        "--to", dest="high", type=positive, default=8.0, help="requests a second (%(default)s)"
+    )
     parser.add_argument("--step", type=positive, default=20.0, help="seconds for each rate (%(default)s)")
     parser.add_argument(
-        "--target", type=share, default=0.9, help="share of the requests that must meet every SLO (%(default)s)"
+        "--target",
+        type=share,
+        default=0.9,
+        help="share of the requests that must meet every SLO (%(default)s)",
     )
-    parser.add_argument("--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)")
-    parser.add_argument("--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)")
-    parser.add_argument("--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)")
+    parser.add_argument(
+        "--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)"
+    )
+    parser.add_argument(
+        "--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)"
+    )
+    parser.add_argument(
+        "--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)"
+    )
     _common(parser)
 
 
 def _common(parser: argparse.ArgumentParser) -> None:
     client.add_options(parser)
-    parser.add_argument("--timeout", type=positive, default=300.0, help="seconds for one request (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of prompts, arrivals and cancellations (%(default)s)")
-    parser.add_argument("--cancel-rate", type=share, default=0.0, help="share of the clients that hang up early (0)")
+    parser.add_argument(
+        "--timeout", type=positive, default=300.0, help="seconds for one request (%(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of prompts, arrivals and cancellations (%(default)s)"
+    )
+    parser.add_argument(
+        "--cancel-rate", type=share, default=0.0, help="share of the clients that hang up early (0)"
+    )
     parser.add_argument(
         "--kill",
         type=loadtest_kill.read,

@@ -39,6 +39,7 @@ class Record:
     usage: dict[str, Any] | None = None
     timing: dict[str, float] | None = None
     error: str | None = None
+    tenant: str = ""  # whose key it was sent with, where there are several
 
     @property
     def completed(self) -> bool:

@@ -75,7 +75,9 @@ GATEWAY_TIME = _seconds(
     STEP_S,
 )
 QUEUE_TIME = _seconds(
-    "request_queue_time", "of the time to first token: waiting for the first prefill step", PROMPT_S
+    "request_queue_time",
+    "of the time to first token: at the gateway's gate, and at the prefill worker before its first step",
+    PROMPT_S,
 )
 PREFILL_TIME = _seconds(
     "request_prefill_time", "of the time to first token: first prefill step to first token", PROMPT_S

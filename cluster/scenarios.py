@@ -16,7 +16,6 @@ import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -45,7 +44,13 @@ class Sender:
     """Sends the requests of one scenario, each under an id of its own, and keeps their records."""
 
     def __init__(
-        self, http: httpx.AsyncClient, *, seed: int, cancel_rate: float, timeout_s: float, report: Callable[[], None]
+        self,
+        http: httpx.AsyncClient,
+        *,
+        seed: int,
+        cancel_rate: float,
+        timeout_s: float,
+        report: Callable[[], None],
     ) -> None:
         self.prefix = f"load-{secrets.token_hex(6)}-"
         self.records: list[Record] = []
@@ -96,7 +101,11 @@ class Sender:
         )
 
     async def _send(
-        self, path: str, body: bytes, record: Record, read: Callable[[dict[str, Any]], None] = lambda event: None
+        self,
+        path: str,
+        body: bytes,
+        record: Record,
+        read: Callable[[dict[str, Any]], None] = lambda event: None,
     ) -> None:
         await send(
             self._http,
@@ -157,7 +166,10 @@ class Scenario:
                 killer = asyncio.create_task(self._kills.run(sender.now))
                 await work(sender)
                 killer.cancel()
-            self._prefix, self._records = sender.prefix, sorted(sender.records, key=lambda record: record.start_s)
+            self._prefix, self._records = (
+                sender.prefix,
+                sorted(sender.records, key=lambda record: record.start_s),
+            )
             if meter is not None:
                 self._bill = await meter.bill(self._records)
 
@@ -314,7 +326,14 @@ def main(argv: list[str] | None = None) -> int:
         return scenario.finish()
     except KeyboardInterrupt:
         return 130
-    except (httpx.HTTPError, httpx.InvalidURL, ConnectionError, ValueError, OSError, LedgerUnavailable) as error:
+    except (
+        httpx.HTTPError,
+        httpx.InvalidURL,
+        ConnectionError,
+        ValueError,
+        OSError,
+        LedgerUnavailable,
+    ) as error:
         console.print(str(error) or type(error).__name__, style="red", markup=False)
         return 1
 

@@ -20,8 +20,9 @@ import msgspec
 from rich.console import Console
 
 from cluster.chat_codec import ChatCodec
-from cluster.config import ClusterConfig, ConfigError, LedgerConfig, load
+from cluster.config import ClusterConfig, ConfigError, LedgerConfig, PublicPrefixConfig, load
 from cluster.ledger import Ledger, LedgerUnavailable
+from cluster.public_prefix import PublicPrefixes
 from cluster.tokenizer import Tokenizer
 from workers.model import load_model
 from workers.paged_cache import num_pages_for
@@ -84,12 +85,23 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
     config = load(arguments.config, overrides)
     _check_port(config.host, config.port)
     model = Path(config.model or DEMO_MODEL).resolve()
+    config = msgspec.structs.replace(config, public_prefixes=list(map(_read_prefix, config.public_prefixes)))
     _check_model(config, model)
     ledger = LedgerConfig(url=_absolute(config.ledger.url))  # actors run in folders of their own
     Ledger(ledger.url).close()
     access_log = config.gateway.access_log and str(Path(config.gateway.access_log).resolve())
     gateway = msgspec.structs.replace(config.gateway, access_log=access_log)
     return msgspec.structs.replace(config, model=str(model), ledger=ledger, gateway=gateway)
+
+
+def _read_prefix(prefix: PublicPrefixConfig) -> PublicPrefixConfig:
+    """With the text of its file: gateways may run where that is not."""
+    if prefix.file is None:
+        return prefix
+    try:
+        return PublicPrefixConfig(text=Path(prefix.file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartError(f"public_prefixes: {prefix.file}: {error}") from None
 
 
 def _absolute(url: str) -> str:
@@ -109,13 +121,15 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _check_model(config: ClusterConfig, model: Path) -> None:
-    """The checkpoint has every tensor and a known chat format, and each worker memory for at least one page."""
+    """The checkpoint has every tensor and a known chat format, each worker memory for a page, each public prefix a page."""
     try:
         for role in (config.prefill, config.decode):
             empty = load_model(model, msgspec.structs.replace(role.engine, device="meta"))
             if role.engine.cache_bytes is not None:
                 num_pages_for(role.engine.cache_bytes, empty.layout, empty.config.num_hidden_layers)
-        ChatCodec.load(model, Tokenizer(model), config.chat_encoding)
+        tokenizer = Tokenizer(model)
+        codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
+        PublicPrefixes.load(config.public_prefixes, tokenizer, codec)
     except (ValueError, OSError) as error:
         raise StartError(str(error)) from None
 

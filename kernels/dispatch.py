@@ -242,7 +242,7 @@ class Ops(Protocol):
         pages: torch.Tensor,
         layers: tuple[int, int],
         page_ids: list[int],
-    ) -> list[tuple[int, int]]: ...
+    ) -> torch.Tensor: ...
 
 
 OPERATORS = tuple(name for name in vars(Ops) if not name.startswith("_"))

@@ -22,6 +22,7 @@ from cluster.metrics import Metrics
 from cluster.prices import PriceBook
 from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
+from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
 from cluster.tracing import Tracing
 from workers.config import EngineConfig
@@ -119,7 +120,10 @@ async def _serve(
 ) -> None:
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
-    tasks = [asyncio.create_task(books.settle_forever()), asyncio.create_task(_report_pages(cluster))]
+    tenants = Tenants(config)
+    await tenants.read(_Handle(controller))
+    duties = (books.settle_forever(), tenants.follow(_Handle(controller)), _report_pages(cluster))
+    tasks = [asyncio.create_task(duty) for duty in duties]
     tokenizer = Tokenizer(model)
     codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
     metrics = Metrics()
@@ -134,6 +138,7 @@ async def _serve(
         books=books,
         metrics=metrics,
         fleet=fleet,
+        tenants=tenants,
     )
     paths.extend(route.path for route in api.routes)
     traces = config.gateway.traces

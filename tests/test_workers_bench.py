@@ -79,10 +79,12 @@ def test_every_part_runs_and_can_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = "--layers 2 --lengths 64 128 --chunk 64 --measured 2 --contexts 128 --batches 2 --prompt 100"
-    monkeypatch.setattr("sys.argv", ["bench", "--small", *sizes.split()])
+    parts = "--part ship prefill decode room host fidelity"  # ranks has tests of its own
+    monkeypatch.setattr("sys.argv", ["bench", "--small", *parts.split(), *sizes.split()])
     bench.main()
     printed = capsys.readouterr().out.splitlines()
     results = json.loads(printed[-1])
+    assert [(row["bytes_per_token"], row["equal"]) for row in results["ship"]] == [(788 * 2, True)] * 2
     assert [row["tokens"] for row in results["prefill"]] == [64, 128]
     assert results["prefill"][1]["sparse_ms"] > results["prefill"][0]["sparse_ms"] > 0
     assert {"dense_ms", "sparse_61_layers_ms", "ratio"} <= results["decode"][0].keys()

@@ -13,12 +13,14 @@ from typing import Any
 
 import torch
 
-from workers import bench_parts
-from workers.bench_bed import Bed, make_bed
+from workers import bench_pair, bench_parts
+from workers.bench_bed import SEED, Bed, make_bed
 from workers.bench_fidelity import fidelity
 from workers.bench_plot import plot
+from workers.config import EngineConfig
 
-PARTS = ("prefill", "decode", "room", "host", "fidelity")
+PARTS = ("ship", "ranks", "prefill", "decode", "room", "host", "fidelity")
+BED_PARTS = PARTS[2:]  # those that run in this process
 FORMULA = "T(61) = rest + 3 x dense layer + 58 x MoE layer"
 
 
@@ -36,6 +38,44 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    started = time.perf_counter()
+    results: dict[str, Any] = {"layers": arguments.layers, "formula": FORMULA}
+    for part, run in _pair_runs(arguments).items():
+        results[part] = run()
+        print(f"\n{part}\n{table(results[part])}", flush=True)
+    if set(BED_PARTS) & set(arguments.part):
+        results |= _measure_on_bed(arguments)
+    print(f"\n{FORMULA}; {time.perf_counter() - started:.1f} s in all")
+    return results
+
+
+def _pair_runs(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """They come first, while the GPUs are empty: their workers are processes of their own."""
+    small = arguments.small
+    config = EngineConfig(
+        random_weights=SEED,
+        device="cpu" if small else "cuda",
+        max_batched_tokens=arguments.chunk,
+        max_running=max(arguments.batches),
+        threads=1 if small else None,
+    )
+    runs: dict[str, Callable[[], Any]] = {
+        "ship": lambda: bench_pair.shipped(
+            config, layers=arguments.layers, small=small, lengths=arguments.lengths
+        ),
+        "ranks": lambda: bench_pair.ranks(
+            config,
+            layers=arguments.layers,
+            small=small,
+            length=max(arguments.lengths),
+            context=min(arguments.contexts),
+            batch=max(arguments.batches),
+        ),
+    }
+    return {part: run for part, run in runs.items() if part in arguments.part}
+
+
+def _measure_on_bed(arguments: argparse.Namespace) -> dict[str, Any]:
     started = time.perf_counter()
     pairs = [(c, b) for c in arguments.contexts for b in arguments.batches]
     decoding = {"decode", "host"} & set(arguments.part)
@@ -60,12 +100,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "host": lambda: bench_parts.host(bed, arguments.contexts, arguments.batches),
         "fidelity": lambda: fidelity(bed, arguments.prompt),
     }
-    results: dict[str, Any] = {"layers": arguments.layers, "device": _device_name(bed), "formula": FORMULA}
-    for part in arguments.part:
+    results: dict[str, Any] = {"device": _device_name(bed)}
+    for part in (part for part in BED_PARTS if part in arguments.part):
         results[part] = runs[part]()
         rows = results[part] if isinstance(results[part], list) else [results[part]]
         print(f"\n{part}\n{table(rows)}", flush=True)
-    print(f"\n{FORMULA}; {time.perf_counter() - started:.1f} s in all")
     return results
 
 
@@ -102,7 +141,7 @@ def _device_name(bed: Bed) -> str:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m workers.bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="ranks takes two GPUs")
     parser.add_argument("--small", action="store_true", help="a tiny model on the CPU")
     parser.add_argument("--layers", type=int, default=4, help="3 dense ones, then mixtures of experts")
     parser.add_argument("--lengths", type=int, nargs="+", help="prefill: tokens of a prompt")

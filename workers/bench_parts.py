@@ -13,9 +13,10 @@ import numpy as np
 from kernels.layout import PAGE_SIZE
 from workers import memory
 from workers.bench_bed import Bed, Split, chunk_rows, cut, decode_rows, time_graph, time_layers
+from workers.bench_pair import land
 from workers.engine import Engine
 from workers.graphs import DecodeGraphs
-from workers.request import Request, SamplingParams
+from workers.request import Request
 from workers.runner import Runner
 
 WHOLE_DENSE, WHOLE_MOE = 3, 58
@@ -171,20 +172,4 @@ def _landed(bed: Bed, context: int, batch: int) -> tuple[Engine, list[Request]]:
         eos_token_ids=(),
         max_context=max_context,
     )
-    requests = [
-        Request(
-            str(number),
-            [number + 1] * context,
-            context,
-            SamplingParams(max_tokens=2 * PAGE_SIZE, temperature=0.0),
-            namespace=str(number).encode(),
-        )
-        for number in range(batch)
-    ]
-    for request in requests:
-        if not engine.reserve(request):
-            raise RuntimeError(f"no room for {batch} requests of {context} tokens")
-        for index in range(len(request.pages)):
-            engine.landed(request.id, index)
-        engine.join(request.id, 2)
-    return engine, requests
+    return engine, land(engine, context, batch)

@@ -59,6 +59,7 @@ class DecodeWorker(Worker):
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             namespace=message.namespace,
+            num_public_pages=message.num_public_pages,
             # The first row computed here is that of the token which the prefill worker samples.
             page_counts=PageCounts(len(message.tokens)) if message.selected_pages else None,
         )

@@ -64,6 +64,7 @@ class PrefillWorker(Worker):
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             namespace=message.namespace,
+            num_public_pages=message.num_public_pages,
             hold_pages=True,
             one_token=True,
         )

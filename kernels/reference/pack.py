@@ -16,17 +16,17 @@ def checksums(pages: torch.Tensor) -> torch.Tensor:
     A change within one word is always found, any other but for a chance of about 2^-32. page_bytes: a multiple of 4.
     """
     words = pages.view(torch.int32)
-    multipliers = _multipliers(words.shape[1], words.device)
+    factors = multipliers(words.shape[1], words.device)
     if words.is_cuda or not len(words):
-        return (words * multipliers).sum(1)
-    return torch.stack([(page * multipliers).sum() for page in words])  # within a cache: five times faster
+        return (words * factors).sum(1)
+    return torch.stack([(page * factors).sum() for page in words])  # within a cache: five times faster
 
 
 def pack_pages(
     pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """-> the buffer, uint8, contiguous, and the checksums int64 [(stop - start) * len(page_ids)], layer after layer."""
-    packed = _as_rows(pages).index_select(0, _row_numbers(pages, layers, page_ids))
+    packed = as_rows(pages).index_select(0, row_numbers(pages, layers, page_ids))
     return packed.flatten(), checksums(packed)
 
 
@@ -36,39 +36,41 @@ def unpack_pages(
     pages: torch.Tensor,
     layers: tuple[int, int],
     page_ids: list[int],
-) -> list[tuple[int, int]]:
+) -> torch.Tensor:
     """Verifies every page of the buffer against its expected checksum, then writes those that are right into `pages`.
 
-    Returns the (layer, index in page_ids) of the others. ValueError if buffer or checksums do not fit the pages in number.
+    Returns which were right, bool [(stop - start) * len(page_ids)], layer after layer, on the device: nothing waits for the host.
+    ValueError if buffer or checksums do not fit the pages in number.
     """
-    rows = _as_rows(pages)
-    numbers = _row_numbers(pages, layers, page_ids)
-    if buffer.numel() != len(numbers) * rows.shape[1]:
-        raise ValueError(
-            f"buffer has {buffer.numel()} bytes, but {len(numbers)} pages take {len(numbers) * rows.shape[1]}"
-        )
-    if expected.numel() != len(numbers):
-        raise ValueError(f"there are {expected.numel()} checksums for {len(numbers)} pages")
-    received = buffer.view(-1, rows.shape[1])
-    right = checksums(received) == expected.to(received.device)
+    rows, numbers = as_rows(pages), row_numbers(pages, layers, page_ids)
+    received = as_received(buffer, expected, rows, len(numbers))
+    right = checksums(received) == expected
     rows.index_copy_(0, numbers[right], received[right])
-    wrong = (~right).nonzero().flatten().tolist()
-    return [(layers[0] + number // len(page_ids), number % len(page_ids)) for number in wrong]
+    return right
 
 
-def _as_rows(pages: torch.Tensor) -> torch.Tensor:
+def as_received(buffer: torch.Tensor, expected: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """The buffer as uint8 [count, page_bytes]. ValueError if it or the checksums are of another number of pages."""
+    if buffer.numel() != count * rows.shape[1]:
+        raise ValueError(f"buffer has {buffer.numel()} bytes, but {count} pages take {count * rows.shape[1]}")
+    if expected.numel() != count:
+        raise ValueError(f"there are {expected.numel()} checksums for {count} pages")
+    return buffer.view(-1, rows.shape[1])
+
+
+def as_rows(pages: torch.Tensor) -> torch.Tensor:
     """A view of all layers' pages, uint8 [L x P, page_bytes]."""
     return pages.view(-1, math.prod(pages.shape[2:]))
 
 
-def _row_numbers(pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]) -> torch.Tensor:
+def row_numbers(pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]) -> torch.Tensor:
     num_pages = pages.shape[1]
     numbers = [layer * num_pages + page for layer in range(*layers) for page in page_ids]
     return torch.tensor(numbers, dtype=torch.int64, device=pages.device)
 
 
 @functools.cache
-def _multipliers(count: int, device: torch.device) -> torch.Tensor:
+def multipliers(count: int, device: torch.device) -> torch.Tensor:
     """int64 [count], odd, the same on every machine: splitmix64 of the position."""
     numbers = []
     for position in range(1, count + 1):

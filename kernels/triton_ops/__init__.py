@@ -20,12 +20,14 @@ from kernels.triton_ops.norm import (
     swiglu,
     swiglu_quantized,
 )
+from kernels.triton_ops.pack import checksums, pack_pages, unpack_pages
 from kernels.triton_ops.quant import dequantize_blocks, dequantize_weight, quantize_blocks, quantize_weight
 from kernels.triton_ops.topk import top_k
 
 __all__ = [
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "checksums",
     "choose_experts",
     "dense_mla",
     "dequantize_blocks",
@@ -35,6 +37,7 @@ __all__ = [
     "head_linear",
     "index_scores",
     "linear",
+    "pack_pages",
     "prepare_experts",
     "prepare_fp8_weight",
     "quantize_blocks",
@@ -50,6 +53,7 @@ __all__ = [
     "swiglu",
     "swiglu_quantized",
     "top_k",
+    "unpack_pages",
     "write_index_keys",
     "write_latents",
 ]
