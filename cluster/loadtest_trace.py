@@ -20,6 +20,7 @@ import numpy as np
 BLOCK_TOKENS = 512
 KEPT_BLOCKS = 1024  # of tokens once made
 MINUTE_MS = 60_000
+SLOT_MS = 30_000  # a burst is so long
 
 Count = Annotated[int, msgspec.Meta(ge=1)]
 
@@ -101,7 +102,7 @@ class Shape:
     spread: float = 0.6  # sigma of the logarithms
     system_prompts: int = 4
     system_blocks: tuple[int, int] = (1, 3)  # least and most blocks of a system prompt
-    burst_share: float = 0.15  # of the minutes
+    burst_share: float = 0.15  # of the time
     burst_factor: float = 4.0  # how much faster sessions come in them
     max_input: int = 8192  # a session ends before its prompt is longer
     second_per_output_token: float = 0.02  # a user reads an answer at this pace before thinking
@@ -150,13 +151,13 @@ class _Draft:
 
 def _arrivals(shape: Shape, random: np.random.Generator) -> list[int]:
     """When sessions begin, in ms: Poisson, whose rate is the same on average however bursty it is."""
-    calm = shape.sessions_per_minute / (1 + shape.burst_share * (shape.burst_factor - 1))
-    num_minutes = math.ceil(shape.minutes)
-    in_burst = random.permutation(num_minutes) < round(shape.burst_share * num_minutes)
+    num_slots = math.ceil(shape.minutes * MINUTE_MS / SLOT_MS)
+    in_burst = random.permutation(num_slots) < round(shape.burst_share * num_slots)
+    factors = np.where(in_burst, shape.burst_factor, 1.0)
+    means = factors / factors.mean() * shape.sessions_per_minute * SLOT_MS / MINUTE_MS
     times: list[int] = []
-    for minute in range(num_minutes):
-        count = random.poisson(calm * (shape.burst_factor if in_burst[minute] else 1.0))
-        times += (minute * MINUTE_MS + random.integers(0, MINUTE_MS, count)).tolist()
+    for slot, count in enumerate(random.poisson(means)):
+        times += (slot * SLOT_MS + random.integers(0, SLOT_MS, count)).tolist()
     return sorted(time for time in times if time < shape.minutes * MINUTE_MS)
 
 
