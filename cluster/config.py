@@ -19,6 +19,7 @@ AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+HttpUrl = Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 KeyHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # sha256 of an API key, in hex
 
@@ -50,6 +51,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_request_timeout_s: Positive = 3600.0  # that one may name
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
     access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
+    traces: HttpUrl | None = None  # an OpenTelemetry collector's OTLP/HTTP endpoint; None: no traces
 
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
