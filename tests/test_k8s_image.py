@@ -31,9 +31,11 @@ def context(folder: Path) -> Path:
     """A copy of the files that the build may see: those that git tracks and Dockerfile.dockerignore lets through."""
     lines = (K8S / "image" / "Dockerfile.dockerignore").read_text().splitlines()
     allowed = tuple(line[1:] for line in lines if line.startswith("!"))
+    refused = tuple(f"{line}/" for line in lines[lines.index("*") + 1 :] if line[0] not in "!*")
+    folders = tuple(f"{entry}/" for entry in allowed)
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in listed.splitlines():
-        if name in allowed or name.startswith(tuple(f"{entry}/" for entry in allowed)):
+        if not name.startswith(refused) and (name in allowed or name.startswith(folders)):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, target)
@@ -81,6 +83,7 @@ def test_what_the_build_sends_along_makes_a_whole_package(tmp_path: Path) -> Non
             if word == "COPY" and "--from" not in rest and rest != ". .":
                 assert (folder / rest.split()[0]).is_file()
     assert not (folder / "tests").exists()
+    assert not (folder / "cluster" / "ray").exists()  # for `ray up`, from a checkout
     ours = {str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file() and p.parent != folder}
     subprocess.run(
         [
