@@ -34,6 +34,7 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     workers: AtLeastOne = 1
     num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
     num_gpus: NotNegative = 0.0
+    labels: dict[Name, Name] = {}  # of the Ray nodes that its workers may run on; none: of any
     engine: EngineConfig = EngineConfig()
 
 
@@ -41,6 +42,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Limits of one gateway replica. Beyond them it answers 429 or 503 (413 for a body)."""
 
     replicas: AtLeastOne = 1
+    num_cpus: NotNegative = 0.0  # what Ray sets aside for one gateway
+    labels: dict[Name, Name] = {}  # of the Ray nodes that gateways may run on; none: of any
     max_body_bytes: AtLeastOne = 4 * 2**20
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
