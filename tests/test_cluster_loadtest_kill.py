@@ -56,7 +56,12 @@ def test_what_is_not_there_cannot_be_killed() -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["5", "5:x", "-1:99", "inf:99", "5:0", "5:1", "5:-7", f"5:{os.getpid()}", f"5:{os.getppid()}"]
+    "text",
+    [
+        *("5", "5:x", "-1:99", "inf:99", "5:0", "5:1", "5:-7"),
+        pytest.param(f"5:{os.getpid()}", id="itself"),
+        pytest.param(f"5:{os.getppid()}", id="its parent"),
+    ],
 )
 def test_wrong_words_are_refused(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError):
