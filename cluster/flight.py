@@ -136,6 +136,11 @@ class Pilot:
         """Prompt tokens whose first token has not come yet."""
         return sum(len(flight.prompt) for flight in self._flights if not flight.emitted)
 
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Of the queued tokens, those that no worker holds."""
+        return sum(self._num_missing(flight) for flight in self._flights if not flight.emitted)
+
     async def fly(
         self, flight: Flight, on_quote: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Step | Reading, None]:
@@ -179,7 +184,7 @@ class Pilot:
         try:
             async with asyncio.timeout_at(flight.deadline):
                 if flight.pair is None and not flight.restarts:
-                    cost = max(PAGE_SIZE, len(flight.prompt) - PAGE_SIZE * self._most_pages(flight))
+                    cost = max(PAGE_SIZE, self._num_missing(flight))
                     return await self._gate.wait(flight.flow, cost, flight, give_up=self._give_up)
                 since = time.monotonic()
                 while (course := self._route(flight)) is None:
@@ -208,8 +213,8 @@ class Pilot:
         proven = {key for pair in self._fleet.proven for key in pair}
         is_due = have_room(
             len(flight.prompt),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill") if c.key in proven],
-            decodes=[view_of(c) for c in self._fleet.alive("decode") if c.key in proven],
+            prefills=[view_of(c) for c in self._fleet.taking("prefill") if c.key in proven],
+            decodes=[view_of(c) for c in self._fleet.taking("decode") if c.key in proven],
         )
         return self._route(flight) if is_due else None
 
@@ -220,8 +225,8 @@ class Pilot:
         names = {(p[0], d[0]) for p, d in pairs}
         route = choose(
             RouteRequest(num_tokens=num_tokens, hits=self._directory.lookup(flight.page_hashes)),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill")],
-            decodes=[view_of(c) for c in self._fleet.alive("decode")],
+            prefills=[view_of(c) for c in self._fleet.taking("prefill")],
+            decodes=[view_of(c) for c in self._fleet.taking("decode")],
             pairs=names & {flight.pair} if flight.pair else names,
             costs=self._costs,
         )
@@ -238,9 +243,10 @@ class Pilot:
             place=Place(decode),
         )
 
-    def _most_pages(self, flight: Flight) -> int:
-        """Of the prompt, that some worker holds."""
-        return max(self._directory.lookup(flight.page_hashes).values(), default=0)
+    def _num_missing(self, flight: Flight) -> int:
+        """Tokens of the prompt that no worker holds."""
+        most_pages = max(self._directory.lookup(flight.page_hashes).values(), default=0)
+        return len(flight.prompt) - PAGE_SIZE * most_pages
 
     async def _attempt(self, flight: Flight, course: Course) -> AsyncGenerator[Step | Reading, None]:
         prefill, decode = course.prefill, course.decode

@@ -40,6 +40,7 @@ from workers.request import SamplingParams
 log = logging.getLogger(__name__)
 
 WATCH_S = 10.0
+QUEUE_S = 1.0  # between two words on what waits here
 PROBE_TOKENS = PAGE_SIZE + 2  # a full page and a part of one
 PROBE_TIMEOUT_S = 60.0
 
@@ -86,6 +87,7 @@ class Gateway:
             self._prove_pairs(),
             self._books.settle_forever(),
             self._tenants.follow(self._controller),
+            self._tell_queue(),
         )
         self._tasks = [asyncio.create_task(duty) for duty in duties]
         api = Api(
@@ -123,6 +125,15 @@ class Gateway:
             version = update.version
             self._directory.follow(update.changes, [info.worker for info in update.members])
             self._fleet.set_members(update.members)
+
+    async def _tell_queue(self) -> None:
+        """Tells the controller what waits here: prefill workers are wanted for it."""
+        while True:
+            try:
+                await self._controller.queue.remote(self._fleet.gateway, self._pilot.uncomputed_tokens)
+            except ray.exceptions.RayError as error:
+                log.warning("controller unreachable: %s", error)
+            await asyncio.sleep(QUEUE_S)
 
     async def _prove_pairs(self) -> None:
         """Sends a short request through each new pair; only then is it routable."""
