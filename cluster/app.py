@@ -18,21 +18,28 @@ from cluster.replica import WorkerReplica
 from cluster.scaling import DecodePolicy, PrefillPolicy
 
 APP_NAME = "lightship"
+# Ray gives this resource to the head node alone.
+ON_HEAD = {"node:__internal_head__": 0.001}
 LOOK_BACK_S = 12.0  # over which the figures that decide are averaged; Serve wants more than 10
 STOP_S = 10.0  # what a worker that has drained may take to end; then Serve kills it
 
 
 def start_controller(config: ClusterConfig, secret: str) -> Any:
-    """The prefix-cache controller: one named detached actor that Ray restarts for ever."""
+    """The prefix-cache controller: one named detached actor that Ray restarts for ever, where the ledger's file is: on the head.
+
+    One that runs already stays, with the secret it was made with.
+    """
     return (
         ray.remote(PrefixCacheController)
         .options(
             name=ACTOR_NAME,
             namespace=NAMESPACE,
+            get_if_exists=True,
             lifetime="detached",
             max_restarts=-1,
             max_concurrency=1000,
             num_cpus=0,
+            resources=ON_HEAD,
         )
         .remote(config.ledger.url, secret)
     )
@@ -46,7 +53,7 @@ def build(config: ClusterConfig, secret: str) -> Application:
         name="gateway",
         num_replicas=config.gateway.replicas,
         max_ongoing_requests=1_000_000,  # the gateway's own limits count tokens; Serve's would count requests
-        ray_actor_options={"num_cpus": 0},
+        ray_actor_options={"num_cpus": config.gateway.num_cpus, "label_selector": config.gateway.labels},
         health_check_period_s=1,
         health_check_timeout_s=5,
     )(serve.ingress()(Gateway))
@@ -59,7 +66,11 @@ def _workers(role: Literal["prefill", "decode"], config: ClusterConfig) -> Any:
     return serve.deployment(
         name=role,
         **({"autoscaling_config": scaling} if scaling else {"num_replicas": of_role.workers}),
-        ray_actor_options={"num_cpus": of_role.num_cpus, "num_gpus": of_role.num_gpus},
+        ray_actor_options={
+            "num_cpus": of_role.num_cpus,
+            "num_gpus": of_role.num_gpus,
+            "label_selector": of_role.labels,
+        },
         health_check_period_s=1,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=of_role.drain_s + STOP_S,

@@ -20,6 +20,7 @@ NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+HttpUrl = Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 KeyHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # sha256 of an API key, in hex
 
@@ -34,6 +35,7 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     workers: AtLeastOne = 1
     num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
     num_gpus: NotNegative = 0.0
+    labels: dict[Name, Name] = {}  # of the Ray nodes that its workers may run on; none: of any
     drain_s: NotNegative = 60.0  # what a worker that is to go may take for the requests that it has
     engine: EngineConfig = EngineConfig()
 
@@ -69,6 +71,8 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     """Limits of one gateway replica. Beyond them it answers 429 or 503 (413 for a body)."""
 
     replicas: AtLeastOne = 1
+    num_cpus: NotNegative = 0.0  # what Ray sets aside for one gateway
+    labels: dict[Name, Name] = {}  # of the Ray nodes that gateways may run on; none: of any
     max_body_bytes: AtLeastOne = 4 * 2**20
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
@@ -76,6 +80,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_request_timeout_s: Positive = 3600.0  # that one may name
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
     access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
+    traces: HttpUrl | None = None  # an OpenTelemetry collector's OTLP/HTTP endpoint; None: no traces
 
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

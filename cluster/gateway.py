@@ -30,6 +30,7 @@ from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
 from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
@@ -75,6 +76,8 @@ class Gateway:
             vocab_size=model.vocab_size,
         )
         self._config = config
+        traces = config.gateway.traces
+        self._tracing = Tracing(traces, gateway=self._fleet.gateway) if traces is not None else None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
@@ -99,7 +102,8 @@ class Gateway:
             fleet=self._fleet,
             tenants=self._tenants,
         )
-        return api.app(echoes_id=False)  # Serve's proxy puts x-request-id on every answer
+        # Serve's proxy puts x-request-id on every answer.
+        return api.app(echoes_id=False, tracing=self._tracing)
 
     def check_health(self) -> None:
         """Serve's health check: a background task that has ended took the gateway's eyes with it."""

@@ -88,8 +88,14 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
     model = Path(config.model or DEMO_MODEL).resolve()
     config = msgspec.structs.replace(config, public_prefixes=list(map(_read_prefix, config.public_prefixes)))
     _check_model(config, model)
-    ledger = LedgerConfig(url=_absolute(config.ledger.url))  # actors run in folders of their own
-    Ledger(ledger.url).close()
+    config = resolve_paths(config, model)
+    Ledger(config.ledger.url).close()
+    return config
+
+
+def resolve_paths(config: ClusterConfig, model: Path) -> ClusterConfig:
+    """With absolute paths: actors run in folders of their own."""
+    ledger = LedgerConfig(url=_absolute(config.ledger.url))
     access_log = config.gateway.access_log and str(Path(config.gateway.access_log).resolve())
     gateway = msgspec.structs.replace(config.gateway, access_log=access_log)
     return msgspec.structs.replace(config, model=str(model), ledger=ledger, gateway=gateway)
@@ -153,6 +159,37 @@ def _greet(config: ClusterConfig, console: Console) -> None:
     sys.stdout.flush()
 
 
+def wait_until_ready(
+    config: ClusterConfig, console: Console, stop: threading.Event, timeout_s: float
+) -> None:
+    """Until a real token has gone through every pair, or `stop`. Raises StartError with Serve's own words when that fails."""
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    url = f"http://{host}:{config.port}/ready"
+    deadline = time.monotonic() + timeout_s
+    with console.status("loading weights, pairing workers, sending a first token ..."):
+        while time.monotonic() < deadline and not stop.is_set():
+            try:
+                if httpx.get(url, timeout=2).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            _raise_if_failed()
+            time.sleep(0.25)
+    if not stop.is_set():
+        raise StartError(f"not ready after {timeout_s:.0f} s; Ray's logs are in /tmp/ray/session_latest/logs")
+
+
+def _raise_if_failed() -> None:
+    from ray import serve
+
+    for application in serve.status().applications.values():
+        if application.status == "DEPLOY_FAILED":
+            details = [d.message for d in application.deployments.values() if d.message] or [
+                application.message
+            ]
+            raise StartError("Serve could not start the workers:\n" + "\n".join(details))
+
+
 class Service:
     """Ray, the controller and the Serve application, from start to stop."""
 
@@ -203,33 +240,10 @@ class Service:
             self._ray.shutdown()  # also ends the controller: this driver started the Ray it runs on
 
     def wait_ready(self) -> None:
-        """Until a real token has gone through every pair. Raises StartError with Serve's own words when that fails."""
-        url = f"http://{self._config.host}:{self._config.port}/ready"
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        with self._console.status("loading weights, pairing workers, sending a first token ..."):
-            while time.monotonic() < deadline and not self._stop.is_set():
-                try:
-                    if httpx.get(url, timeout=2).status_code == 200:
-                        return
-                except httpx.HTTPError:
-                    pass
-                self._raise_if_failed()
-                time.sleep(0.25)
-        if not self._stop.is_set():
-            raise StartError(
-                f"not ready after {READY_TIMEOUT_S:.0f} s; Ray's logs are in /tmp/ray/session_latest/logs"
-            )
+        wait_until_ready(self._config, self._console, self._stop, READY_TIMEOUT_S)
 
     def wait_for_signal(self) -> None:
         self._stop.wait()
-
-    def _raise_if_failed(self) -> None:
-        for application in self._serve.status().applications.values():
-            if application.status == "DEPLOY_FAILED":
-                details = [d.message for d in application.deployments.values() if d.message] or [
-                    application.message
-                ]
-                raise StartError("Serve could not start the workers:\n" + "\n".join(details))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()
