@@ -157,7 +157,9 @@ def test_workers_that_come_later_pair_before_they_get_requests(model: Path) -> N
             while not fleet.connections[f"{role}-1"].alive:
                 await asyncio.sleep(0.01)
             before = fleet.routable_pairs()
-            assert f"{role}-1" not in await fly()  # nobody has told prefill workers yet: the new one is linked to none
+            assert (
+                f"{role}-1" not in await fly()
+            )  # nobody has told prefill workers yet: the new one is linked to none
             assert fleet.routable_pairs() == before
             assert not fleet.state().ready
             cluster.link()
