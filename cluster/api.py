@@ -34,7 +34,7 @@ from cluster.errors import (
     UnsupportedMedia,
 )
 from cluster.fleet import Fleet
-from cluster.flight import Flight, Pilot
+from cluster.flight import Flight, Pilot, Timing
 from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
 from cluster.openapi import document
@@ -46,6 +46,7 @@ from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from cluster.usage import days_of, report
 from workers.page_hash import page_hashes
 from workers.request import Grammar, SamplingParams
@@ -108,11 +109,12 @@ class Api:
             *(Route(path, self.page) for path in self._page),
         ]
 
-    def app(self, *, echoes_id: bool = True) -> ASGIApp:
+    def app(self, *, echoes_id: bool = True, tracing: Tracing | None = None) -> ASGIApp:
         """echoes_id False: a proxy in front puts x-request-id on every answer."""
         handlers = {ApiError: self._api_error, HTTPException: self._http_error, Exception: self._fault}
         app = Starlette(routes=self.routes, exception_handlers=handlers)  # type: ignore[arg-type]
-        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id)
+        trace = None if tracing is None else tracing.record
+        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id, trace=trace)
 
     async def chat(self, request: Request) -> Response:
         tenant = self._admit(request)
@@ -200,6 +202,13 @@ class Api:
         return _json(encode(state), status=200 if state.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
+        self._metrics.observe_gateway(
+            ready=self._fleet.state().ready,
+            linked=len(self._fleet.linked_pairs()),
+            routable=len(self._fleet.routable_pairs()),
+            queued_tokens=self._pilot.queued_tokens,
+            unsettled=self._books.num_unsettled,
+        )
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def console_state(self, request: Request) -> Response:
@@ -237,6 +246,7 @@ class Api:
                         raise TooLarge(max_bytes=limit)
         except TimeoutError:
             raise DeadlineExceeded("the request's time was up before its body was whole") from None
+        Call.of(request).read_at = time.monotonic()
         return bytes(body)
 
     def _check_model(self, model: str) -> None:
@@ -293,6 +303,7 @@ class Api:
                     deadline=call.deadline,
                     wants_progress=wanted.return_progress,
                     wants_selected_pages=wanted.selected_pages,
+                    timing=Timing(admitted_at=call.read_at),
                 )
                 output = Output(
                     self._tokenizer,

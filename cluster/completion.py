@@ -103,7 +103,10 @@ class Completion:
     def timing(self) -> Timing:
         timing = self.flight.timing
         return Timing(
-            queue=timing.queue, prefill=timing.prefill, ship=timing.ship, first_token=timing.first_token
+            queue=timing.queue,
+            prefill=timing.prefill,
+            ship=timing.ship or 0.0,
+            first_token=timing.first_token,
         )
 
     @property

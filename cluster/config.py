@@ -7,7 +7,7 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -18,7 +18,9 @@ from workers.config import EngineConfig
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+HttpUrl = Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 KeyHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # sha256 of an API key, in hex
 
@@ -34,13 +36,43 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
     num_gpus: NotNegative = 0.0
     labels: dict[Name, Name] = {}  # of the Ray nodes that its workers may run on; none: of any
+    drain_s: NotNegative = 60.0  # what a worker that is to go may take for the requests that it has
     engine: EngineConfig = EngineConfig()
+
+
+class PrefillScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """By which prefill workers come and go; see `cluster.scaling`."""
+
+    min_workers: AtLeastOne = 1
+    max_workers: AtLeastOne
+    wait_goal_s: Positive = 1.0  # within which all prompt tokens that wait are to be computed
+    busy_goal: Share = 0.8  # of the time, spent in steps
+    lower_after_s: NotNegative = 300.0  # for how long fewer must have been enough before one goes
+
+
+class DecodeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """By which decode workers come and go."""
+
+    min_workers: AtLeastOne = 1
+    max_workers: AtLeastOne
+    share_goal: Share = 0.8  # of the pages that requests hold, and of max_running
+    step_goal_s: Positive | None = None  # of a step, which is a token of each request; None: does not matter
+    lower_after_s: NotNegative = 300.0
+
+
+class ScalingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """None: as many workers as the role's `workers` says."""
+
+    prefill: PrefillScaling | None = None
+    decode: DecodeScaling | None = None
 
 
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Limits of one gateway replica. Beyond them it answers 429 or 503 (413 for a body)."""
 
     replicas: AtLeastOne = 1
+    num_cpus: NotNegative = 0.0  # what Ray sets aside for one gateway
+    labels: dict[Name, Name] = {}  # of the Ray nodes that gateways may run on; none: of any
     max_body_bytes: AtLeastOne = 4 * 2**20
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
@@ -48,6 +80,7 @@ class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     max_request_timeout_s: Positive = 3600.0  # that one may name
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
     access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
+    traces: HttpUrl | None = None  # an OpenTelemetry collector's OTLP/HTTP endpoint; None: no traces
 
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -85,6 +118,7 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     port: Port = 8000
     prefill: RoleConfig = RoleConfig()
     decode: RoleConfig = RoleConfig()
+    scaling: ScalingConfig = ScalingConfig()
     gateway: GatewayConfig = GatewayConfig()
     tenants: list[TenantConfig] = []
     keys_required: bool = False  # false: while no key was ever made, every caller is tenant "default"
@@ -118,6 +152,18 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                     f"{role}.engine.device is {config.engine.device} and {role}.engine.ranks {config.engine.ranks}, "
                     f"but {role}.num_gpus is {config.num_gpus:g}: a rank needs a GPU"
                 )
+            scaling: PrefillScaling | DecodeScaling | None = getattr(self.scaling, role)
+            if scaling and not scaling.min_workers <= config.workers <= scaling.max_workers:
+                raise ValueError(
+                    f"{role}.workers is {config.workers}, which is to start with, but scaling.{role} allows "
+                    f"{scaling.min_workers} to {scaling.max_workers}"
+                )
+
+    def most_workers(self, role: Literal["prefill", "decode"]) -> int:
+        """How many there may be at once."""
+        scaling: PrefillScaling | DecodeScaling | None = getattr(self.scaling, role)
+        of_role: RoleConfig = getattr(self, role)
+        return scaling.max_workers if scaling else of_role.workers
 
 
 def is_loopback(host: str) -> bool:

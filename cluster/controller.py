@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 ACTOR_NAME = "prefix-cache-controller"
 NAMESPACE = "lightship"  # of the actor in Ray
 WORKER_SILENCE_S = 5.0  # a worker that has not reported for so long is dropped
+QUEUE_S = 5.0  # how long a gateway's word on its queue counts
 GATHER_S = 3.0  # how long a new controller lets workers come (back) before it says who is there
 ORPHAN_GRACE_S = 10.0  # how long a gateway that was taken for dead may still settle a request itself
 MAX_LOGGED_PAGES = 2**18  # page changes kept for followers; one that is further behind gets everything anew
@@ -79,6 +80,7 @@ class PrefixCacheController:
         self._started_at = self._looked_at = clock()
         self._members: dict[str, WorkerInfo] = {}
         self._reports: dict[str, tuple[int, float]] = {}  # worker -> (last sequence number, when)
+        self._queues: dict[str, tuple[int, float]] = {}  # gateway -> (prompt tokens that wait, when)
         self._directory = PrefixDirectory()
         # Versions of another incarnation must not look like ours.
         self._version = self._members_version = secrets.randbits(30) << 32
@@ -148,6 +150,16 @@ class PrefixCacheController:
             if over and self._clock() - self._started_at >= GATHER_S:
                 return self._update_since(version, pages)
             await _wait(changed, LOOK_S if over else min(LOOK_S, deadline - loop.time()))
+
+    async def queue(self, gateway: str, num_tokens: int) -> None:
+        """How many prompt tokens a gateway's requests wait to have computed, from time to time."""
+        self._queues[gateway] = num_tokens, self._clock()
+
+    async def queued_tokens(self) -> int:
+        """Of all gateways that have said so lately."""
+        since = self._clock() - QUEUE_S
+        self._queues = {gateway: told for gateway, told in self._queues.items() if told[1] >= since}
+        return sum(num_tokens for num_tokens, _ in self._queues.values())
 
     async def open(self, opening: Opening) -> Opening:
         """Returns once the opening is on disk. Raises LedgerUnavailable or RecordRefused."""

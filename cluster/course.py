@@ -17,6 +17,10 @@ class Claim:
         self._num_tokens = num_tokens
         connection.assigned_tokens += num_tokens
 
+    @property
+    def held(self) -> bool:
+        return self._num_tokens > 0
+
     def release(self) -> None:
         self._connection.assigned_tokens -= self._num_tokens
         self._num_tokens = 0
@@ -29,6 +33,10 @@ class Place:
         self._connection = connection
         self._num_requests = 1
         connection.assigned_requests += 1
+
+    @property
+    def held(self) -> bool:
+        return self._num_requests > 0
 
     def release(self) -> None:
         self._connection.assigned_requests -= self._num_requests

@@ -142,12 +142,16 @@ class Fleet:
         found = (c for c in self.connections.values() if c.alive and c.info.role == role)
         return sorted(found, key=lambda c: c.info.worker)
 
+    def taking(self, role: str) -> list[Connection]:
+        """Those that take requests: all that answer but the draining ones."""
+        return [connection for connection in self.alive(role) if not connection.load.draining]
+
     def linked_pairs(self) -> set[Pair]:
-        """Pairs whose two workers are alive and hold a link to each other."""
-        decodes = {c.key for c in self.alive("decode")}
+        """Pairs whose two workers take requests and hold a link to each other."""
+        decodes = {c.key for c in self.taking("decode")}
         return {
             (p.key, (worker, epoch))
-            for p in self.alive("prefill")
+            for p in self.taking("prefill")
             for worker, epoch in p.load.peers
             if (worker, epoch) in decodes
         }
@@ -157,12 +161,14 @@ class Fleet:
         return self.linked_pairs() & self.proven
 
     def state(self) -> ClusterState:
-        """Ready: there is a pair, every worker is part of one, and a real token has gone through all of them."""
+        """Ready: there is a pair, every worker that does not drain is part of one, and a real token has gone through all of them."""
         linked, proven = self.linked_pairs(), self.routable_pairs()
         paired = {key for pair in linked for key in pair}
         connections = self.connections.values()
         return ClusterState(
-            ready=bool(linked) and linked == proven and all(c.key in paired for c in connections),
+            ready=bool(linked)
+            and linked == proven
+            and all(c.key in paired or c.load.draining for c in connections),
             pairs={f"{pair[0][0]} -> {pair[1][0]}": pair in proven for pair in sorted(linked)},
             workers=sorted((c.info for c in connections), key=lambda info: info.worker),
         )
@@ -235,8 +241,8 @@ class Fleet:
     def _take(self, connection: Connection, frame: Frame) -> None:
         if (frame.worker, frame.epoch) != connection.key:
             raise ConnectionError(f"another worker answers here: {frame.worker} of epoch {frame.epoch}")
-        pairs_changed = frame.load.peers != connection.load.peers
-        connection.load = frame.load
+        before, connection.load = connection.load, frame.load
+        pairs_changed = (frame.load.peers, frame.load.draining) != (before.peers, before.draining)
         self.on_load(connection.info.worker, connection.info.role, frame.load)
         if pairs_changed or not connection.alive:
             connection.alive = True

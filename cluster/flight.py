@@ -32,15 +32,28 @@ ROUTE_PAUSE_S = 0.05  # between two looks for one
 
 @dataclass
 class Timing:
-    """Seconds; what a first token's latency is made of."""
+    """Seconds; what the latency of the first two tokens is made of. After `admitted_at`: since then."""
 
-    admitted_at: float = field(default_factory=time.monotonic)
+    admitted_at: float = field(default_factory=time.monotonic)  # the whole body had been read
     waited: float = 0.0  # at the gate
     queue: float = 0.0  # this included, and at the prefill worker before its first step
     prefill: float = 0.0
-    ship: float = 0.0  # first token to landed
-    first_token: float = 0.0  # admission to first token at the gateway
-    total: float = 0.0  # admission to the end, once that has come
+    first_token: float = 0.0  # at the gateway
+    landed: float | None = None  # the first attempt's caches, all of them
+    second_token: float | None = None
+    total: float = 0.0  # the end, once that has come
+
+    @property
+    def ship(self) -> float | None:
+        """First token to landed. None where nothing landed."""
+        return None if self.landed is None else max(0.0, self.landed - self.first_token)
+
+    @property
+    def first_decode(self) -> float | None:
+        """The first step of the decode worker, as a client sees it."""
+        if self.landed is None or self.second_token is None:
+            return None
+        return max(0.0, self.second_token - max(self.landed, self.first_token))
 
 
 @dataclass
@@ -123,6 +136,11 @@ class Pilot:
         """Prompt tokens whose first token has not come yet."""
         return sum(len(flight.prompt) for flight in self._flights if not flight.emitted)
 
+    @property
+    def uncomputed_tokens(self) -> int:
+        """Of the queued tokens, those that no worker holds."""
+        return sum(self._num_missing(flight) for flight in self._flights if not flight.emitted)
+
     async def fly(
         self, flight: Flight, on_quote: Callable[[], None] = lambda: None
     ) -> AsyncGenerator[Step | Reading, None]:
@@ -132,11 +150,12 @@ class Pilot:
         once, when flight.num_quoted is known.
         """
         self._flights.add(flight)
+        begun = time.monotonic()
         try:
             while flight.finish is None:
                 course = await self._course(flight)
                 if flight.num_quoted is None:
-                    flight.timing.waited = time.monotonic() - flight.timing.admitted_at
+                    flight.timing.waited = time.monotonic() - begun
                     flight.num_quoted = flight.num_hit = course.route.quote
                     on_quote()
                 try:
@@ -165,7 +184,7 @@ class Pilot:
         try:
             async with asyncio.timeout_at(flight.deadline):
                 if flight.pair is None and not flight.restarts:
-                    cost = max(PAGE_SIZE, len(flight.prompt) - PAGE_SIZE * self._most_pages(flight))
+                    cost = max(PAGE_SIZE, self._num_missing(flight))
                     return await self._gate.wait(flight.flow, cost, flight, give_up=self._give_up)
                 since = time.monotonic()
                 while (course := self._route(flight)) is None:
@@ -194,8 +213,8 @@ class Pilot:
         proven = {key for pair in self._fleet.proven for key in pair}
         is_due = have_room(
             len(flight.prompt),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill") if c.key in proven],
-            decodes=[view_of(c) for c in self._fleet.alive("decode") if c.key in proven],
+            prefills=[view_of(c) for c in self._fleet.taking("prefill") if c.key in proven],
+            decodes=[view_of(c) for c in self._fleet.taking("decode") if c.key in proven],
         )
         return self._route(flight) if is_due else None
 
@@ -206,8 +225,8 @@ class Pilot:
         names = {(p[0], d[0]) for p, d in pairs}
         route = choose(
             RouteRequest(num_tokens=num_tokens, hits=self._directory.lookup(flight.page_hashes)),
-            prefills=[view_of(c) for c in self._fleet.alive("prefill")],
-            decodes=[view_of(c) for c in self._fleet.alive("decode")],
+            prefills=[view_of(c) for c in self._fleet.taking("prefill")],
+            decodes=[view_of(c) for c in self._fleet.taking("decode")],
             pairs=names & {flight.pair} if flight.pair else names,
             costs=self._costs,
         )
@@ -224,9 +243,10 @@ class Pilot:
             place=Place(decode),
         )
 
-    def _most_pages(self, flight: Flight) -> int:
-        """Of the prompt, that some worker holds."""
-        return max(self._directory.lookup(flight.page_hashes).values(), default=0)
+    def _num_missing(self, flight: Flight) -> int:
+        """Tokens of the prompt that no worker holds."""
+        most_pages = max(self._directory.lookup(flight.page_hashes).values(), default=0)
+        return len(flight.prompt) - PAGE_SIZE * most_pages
 
     async def _attempt(self, flight: Flight, course: Course) -> AsyncGenerator[Step | Reading, None]:
         prefill, decode = course.prefill, course.decode
@@ -268,8 +288,7 @@ class Pilot:
                         landed = True
                         self._done(course.place)
                         if not flight.restarts:
-                            since = time.monotonic() - flight.timing.admitted_at
-                            flight.timing.ship = max(0.0, since - flight.timing.first_token)
+                            flight.timing.landed = time.monotonic() - flight.timing.admitted_at
                     case _:
                         self._check_over(update, prefill, landed=landed)
         finally:
@@ -280,8 +299,9 @@ class Pilot:
 
     def _done(self, claim: Claim | Place) -> None:
         """The workers' loads show it by now, and there may be room for others."""
-        claim.release()
-        self._gate.look()
+        if claim.held:
+            claim.release()
+            self._gate.look()
 
     def _timer(self, flight: Flight, attempt: str) -> asyncio.TimerHandle | None:
         """Ends the attempt at the flight's deadline, even while its client does not read."""
@@ -295,11 +315,13 @@ class Pilot:
             flight.num_hit = max(flight.num_hit, num_cached)
 
     def _emit(self, flight: Flight, update: Tokens) -> Step:
+        timing = flight.timing
         if not flight.emitted:
-            timing = flight.timing
             timing.first_token = time.monotonic() - timing.admitted_at
             timing.queue, timing.prefill = timing.waited + update.queued_s, update.prefill_s
             self._found(flight, update.num_cached_tokens or 0)
+        elif timing.second_token is None:
+            timing.second_token = time.monotonic() - timing.admitted_at
         flight.emitted.extend(update.tokens)
         flight.finish = update.finish
         if flight.pair is None:

@@ -10,6 +10,7 @@ later is found offline. What a record is and may say is in `cluster.records`. Kn
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -234,8 +235,9 @@ def verify(url: str) -> Report:
     bad = None
     with Database(url).existing() as connection:
         try:
-            for row in all_rows(connection):
-                audit.step(row)
+            with closing(all_rows(connection)) as rows:
+                for row in rows:
+                    audit.step(row)
             audit.end([tuple(row) for row in connection.execute(sa.select(HEAD))])
         except RecordRefused as refused:
             bad = f"Record {audit.seq + 1}: {refused}"

@@ -4,8 +4,8 @@ Portable SQL through SQLAlchemy Core. Knows nothing of what may be written when;
 """
 
 import heapq
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -128,11 +128,13 @@ def find_settled(connection: sa.Connection, request_ids: Collection[str]) -> dic
     return {row["request_id"]: to_settled(row) for row in _find(connection, SETTLEMENTS, request_ids)}
 
 
-def all_rows(connection: sa.Connection) -> Iterator[sa.RowMapping]:
+def all_rows(connection: sa.Connection) -> Generator[sa.RowMapping, None, None]:
     """The rows of both tables in the order of their numbers. Raises RecordRefused where a number is none."""
     tables = (OPENINGS, SETTLEMENTS)
     queries = [sa.select(*_present(connection, table)).order_by(table.c.seq) for table in tables]
-    return heapq.merge(*[connection.execute(query).mappings() for query in queries], key=_number)
+    with ExitStack() as stack:  # an audit that finds something reads no further
+        results = [stack.enter_context(connection.execute(query)) for query in queries]
+        yield from heapq.merge(*[result.mappings() for result in results], key=_number)
 
 
 def to_row(record: Record) -> dict[str, Any]:

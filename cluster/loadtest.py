@@ -16,7 +16,6 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -26,6 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster import client
 from cluster.loadtest_report import Record, Slo, plot, summarize, table
+from cluster.loadtest_send import send
 from cluster.loadtest_tenants import Pace, by_tenant, read_pace, tenants_table
 
 DEFAULT_VOCAB = 32_000  # where the server's model card does not say
@@ -143,44 +143,14 @@ class LoadTest:
             output_tokens=num_output,
             tenant=self._tenant,
         )
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._stream(body, record)
-        except TimeoutError:
-            record.error = "timeout"
-        except httpx.HTTPError as error:
-            record.error = type(error).__name__
-        except msgspec.DecodeError:
-            record.error = "not JSON"
-        record.end_s = self._now()
+        await send(self._http, "/v1/completions", body, record, now=self._now, timeout_s=self._timeout_s)
         return record
-
-    async def _stream(self, body: bytes, record: Record) -> None:
-        events = client.Events()
-        async with self._http.stream("POST", "/v1/completions", content=body) as answer:
-            if answer.status_code != 200:
-                record.error = client.error_text(answer.status_code, await answer.aread())
-                return
-            async for data in answer.aiter_bytes():
-                for event in events.push(data):
-                    self._take(event, record)
-        if record.error is None:
-            record.error = record.flaw() if events.done else "the stream was cut"
-
-    def _take(self, event: dict[str, Any], record: Record) -> None:
-        if "error" in event:
-            record.error = f"in the stream: {client.error_message(event)}"
-        for choice in event.get("choices", []):
-            if choice.get("text") or choice.get("finish_reason") is None:
-                record.chunks_s.append(self._now())
-        record.usage = event.get("usage") or record.usage
-        record.timing = event.get("timing") or record.timing
 
     def _now(self) -> float:
         return time.perf_counter() - self._started
 
 
-def _range(text: str) -> tuple[int, int]:
+def token_range(text: str) -> tuple[int, int]:
     least, _, most = text.partition(":")
     low, high = int(least), int(most or least)
     if not 1 <= low <= high:
@@ -188,21 +158,21 @@ def _range(text: str) -> tuple[int, int]:
     return low, high
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
     return value
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
@@ -215,9 +185,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     client.add_options(parser)
     loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--rate", type=_positive, help="open loop: requests a second, Poisson")
+    loop.add_argument("--rate", type=positive, help="open loop: requests a second, Poisson")
     loop.add_argument(
-        "--concurrency", type=_count, default=8, help="closed loop: requests at once (%(default)s)"
+        "--concurrency", type=count, default=8, help="closed loop: requests at once (%(default)s)"
     )
     loop.add_argument(
         "--tenant",
@@ -227,16 +197,20 @@ def _parser() -> argparse.ArgumentParser:
         help="several tenants at once: each its key and its requests at once (4) or a second (0.5/s); repeat it",
     )
     parser.add_argument(
-        "--duration", type=_positive, help="seconds in which requests start (30, or 3600 with --requests)"
+        "--duration", type=positive, help="seconds in which requests start (30, or 3600 with --requests)"
     )
-    parser.add_argument("--requests", type=_count, help="at most so many")
+    parser.add_argument("--requests", type=count, help="at most so many")
     parser.add_argument(
-        "--timeout", type=_positive, default=300.0, help="seconds for one request (%(default)s)"
+        "--timeout", type=positive, default=300.0, help="seconds for one request (%(default)s)"
     )
-    parser.add_argument("--input", type=_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)")
-    parser.add_argument("--output", type=_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)")
     parser.add_argument(
-        "--shared-prefix", type=_share, default=0.0, help="share of each prompt all have in common (0)"
+        "--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)"
+    )
+    parser.add_argument(
+        "--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)"
+    )
+    parser.add_argument(
+        "--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)"
     )
     parser.add_argument(
         "--warmup", type=int, default=2, help="requests sent before, not counted (%(default)s)"
@@ -244,8 +218,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, help="of prompts and arrivals; a repeated seed finds its prompts cached"
     )
-    parser.add_argument("--slo-ttft-ms", type=_positive, help="goodput: time to first token at most")
-    parser.add_argument("--slo-tpot-ms", type=_positive, help="goodput: time per output token at most")
+    parser.add_argument("--slo-ttft-ms", type=positive, help="goodput: time to first token at most")
+    parser.add_argument("--slo-tpot-ms", type=positive, help="goodput: time per output token at most")
     parser.add_argument("--json", type=Path, help="write settings, summary and every request here")
     parser.add_argument("--plot", type=Path, help="draw latencies and the course of the test here (PNG)")
     return parser

@@ -34,6 +34,7 @@ FAST_SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",  # default 10: too late for a rush of prompts
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     "RAY_AUTH_MODE": "disabled",  # one machine, one user; a cluster sets a token
     "RAY_DEDUP_LOGS": "0",
@@ -142,7 +143,8 @@ def _check_model(config: ClusterConfig, model: Path) -> None:
 
 def _cpus(config: ClusterConfig) -> int:
     """At least what the workers ask Ray for: on one machine they share the cores that there are."""
-    wanted = sum(role.workers * role.num_cpus for role in (config.prefill, config.decode))
+    wanted = config.prefill.num_cpus * config.most_workers("prefill")
+    wanted += config.decode.num_cpus * config.most_workers("decode")
     return config.num_cpus or max(math.ceil(wanted), os.cpu_count() or 1)
 
 

@@ -31,6 +31,7 @@ def _seed(request: pytest.FixtureRequest) -> None:
     torch.manual_seed(seed)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """A file's tests run in one process, because they share what it has set up. Those that start Ray come first, all in the same
     process: one service at a time, beside everything else."""

@@ -114,6 +114,7 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
     held_pages: int = 0
     seconds_per_token: float = 0.0  # prefill: moving average
     step_seconds: float = 0.0  # decode: moving average; 0 when idle
+    draining: bool = False  # takes no more requests, ends those it has, and goes
     peers: list[tuple[str, int]] = []  # (worker, epoch) of the counterparts it is paired with
     counters: dict[str, float] = {}  # names in cluster.metrics: shipped_bytes, refused_pages, ...
 

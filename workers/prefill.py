@@ -56,7 +56,7 @@ class PrefillWorker(Worker):
             lambda request_id, reason: self.post(lambda: self._shipping_over(request_id, reason)),
         )
 
-    def submit(self, message: Submit, owner: Hashable) -> None:
+    def _accept(self, message: Submit, owner: Hashable) -> None:
         assert isinstance(message, Prefill)
         request = Request(
             id=message.request_id,
