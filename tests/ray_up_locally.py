@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,19 +51,23 @@ def main(folder: Path) -> None:
 def inside(folder: Path) -> None:
     home = folder / "home"
     prepare_folder(folder, home)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(sshd(folder))
-        # Nothing of the caller's Ray, token or settings.
-        environment = {key: os.environ[key] for key in ("LANG", "LC_ALL") if key in os.environ}
-        environment |= {
-            "HOME": str(home),
-            "USER": "root",
-            "PATH": f"{sys.prefix}/bin:/usr/bin:/bin",
-            "RAY_AUTH_MODE": "token",
-        }
+    # Nothing of the caller's Ray, token or settings.
+    environment = {key: os.environ[key] for key in ("LANG", "LC_ALL") if key in os.environ}
+    environment |= {
+        "HOME": str(home),
+        "USER": "root",
+        "PATH": f"{sys.prefix}/bin:/usr/bin:/bin",
+        "RAY_AUTH_MODE": "token",
+    }
+    with sshd(folder):
         seen = up_chat_down(folder, environment)
     print(json.dumps(seen))
-    wanted = {"hosts": dict.fromkeys(("prefill", "decode"), WORKER), "status": 200, "without_key": 401, "left": []}
+    wanted = {
+        "hosts": dict.fromkeys(("prefill", "decode"), WORKER),
+        "status": 200,
+        "without_key": 401,
+        "left": [],
+    }
     wrong = {key: seen[key] for key in wanted if seen[key] != wanted[key]}
     sys.exit(f"unexpected: {wrong}" if wrong or not seen["completion_tokens"] else 0)
 
@@ -113,7 +118,7 @@ def local_config(folder: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def sshd(folder: Path) -> Any:
+def sshd(folder: Path) -> Iterator[None]:
     (folder / "sshd_config").write_text(SSHD.format(head=HEAD, worker=WORKER, folder=folder))
     with (folder / "sshd.log").open("wb") as log:
         arguments = ["/usr/sbin/sshd", "-D", "-e", "-f", str(folder / "sshd_config")]
@@ -176,7 +181,13 @@ def ray_processes() -> list[str]:
 def run(*command: str, environment: dict[str, str] | None = None) -> None:
     """Says on stderr what the command said, if it fails."""
     done = subprocess.run(
-        command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        command,
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
     )
     if done.returncode:
         sys.exit(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}")
