@@ -61,7 +61,8 @@ def inside(folder: Path) -> None:
     }
     with sshd(folder):
         seen = up_chat_down(folder, environment)
-    print(json.dumps(seen))
+    sys.stdout.write(json.dumps(seen) + "\n")
+    sys.stdout.flush()
     wanted = {
         "hosts": dict.fromkeys(("prefill", "decode"), WORKER),
         "status": 200,
