@@ -20,10 +20,14 @@ from kernels.triton_ops.norm import (
     swiglu,
     swiglu_quantized,
 )
+from kernels.triton_ops.pack import checksums, pack_pages, unpack_pages
 from kernels.triton_ops.quant import dequantize_blocks, dequantize_weight, quantize_blocks, quantize_weight
 from kernels.triton_ops.topk import top_k
 
 __all__ = [
+    "checksums",
+    "pack_pages",
+    "unpack_pages",
     "add_rms_norm",
     "add_rms_norm_quantized",
     "choose_experts",
