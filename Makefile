@@ -13,7 +13,7 @@ serve: $(VENV)/.serve  ## serve a model on 127.0.0.1:$(PORT); MODEL=/path for a 
 	@exec $(BIN)/python -m cluster.serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(VENV)/.dev  ## the whole test suite, on the CPU
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.dev  ## formatting, lint, types, import contracts, file sizes
 	$(BIN)/ruff format --check .

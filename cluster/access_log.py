@@ -9,6 +9,7 @@ import secrets
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from logging.handlers import WatchedFileHandler
@@ -49,14 +50,25 @@ class Call:
     answer: Answer | None = None
     status: int | None = None  # None: the client left before there was an answer
     error: str | None = None
+    deadline: float | None = None  # of the event loop's clock
+    headers: dict[str, str] = field(default_factory=dict)  # of the answer, whatever it will be
+    exits: ExitStack = field(
+        default_factory=ExitStack
+    )  # gives back what the request holds, once it is settled
     arrived_at: float = field(default_factory=time.time)
-    clock: float = field(default_factory=time.perf_counter)
+    clock: float = field(default_factory=time.monotonic)
+    read_at: float = 0.0  # of the same clock: the whole body had been read
 
     @classmethod
     def of(cls, request: Request) -> "Call":
         """The call that a route handler is answering."""
         call: Call = request.state.call
         return call
+
+    @property
+    def seconds(self) -> float:
+        """Since its arrival."""
+        return time.monotonic() - self.clock
 
 
 class Line(msgspec.Struct, frozen=True, kw_only=True):
@@ -88,7 +100,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 class AccessLog:
     """The ASGI application around all others. `refuse` answers a request whose own id cannot be used.
 
-    echoes_id False: a proxy in front puts the header on every answer.
+    echoes_id False: a proxy in front puts the header on every answer. trace: called with each call that is over.
     """
 
     def __init__(
@@ -97,8 +109,10 @@ class AccessLog:
         *,
         refuse: Callable[[Request, ApiError], Awaitable[Response]],
         echoes_id: bool = True,
+        trace: Callable[[Call, Headers], None] | None = None,
     ) -> None:
         self._app = app
+        self._trace = trace
         self._refuse = refuse
         self._echoes_id = echoes_id
 
@@ -112,6 +126,7 @@ class AccessLog:
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
                 call.status = message["status"]
+                MutableHeaders(scope=message).update(call.headers)
                 if self._echoes_id:
                     MutableHeaders(scope=message)[HEADER] = call.client_id or call.id
             await send(message)
@@ -119,9 +134,12 @@ class AccessLog:
         try:
             await self._run(call, scope, receive, answer)
         finally:
-            if call.answer is not None:
-                await call.answer.close()  # a request whose client has left is settled now
+            with call.exits:
+                if call.answer is not None:
+                    await call.answer.close()  # a request whose client has left is settled now
             write(call)
+            if self._trace is not None:
+                self._trace(call, Headers(scope=scope))
 
     async def _run(self, call: Call, scope: Scope, receive: Receive, send: Send) -> None:
         try:
@@ -173,7 +191,7 @@ def line_of(call: Call) -> Line:
         prefill=phases.prefill if phases else 0.0,
         ship=phases.ship if phases else 0.0,
         first_token=phases.first_token if phases else 0.0,
-        total=time.perf_counter() - call.clock,
+        total=call.seconds,
         workers=list(dict.fromkeys(worker for ending in endings for worker in ending.workers)),
         restarts=sum(settled.resumes for settled in settlements),
     )

@@ -1,7 +1,9 @@
 """The HTTP routes, OpenAI-compatible. Reads and writes bodies; what happens in between is `cluster.completion`."""
 
+import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -15,6 +17,7 @@ from starlette.types import ASGIApp
 from cluster import console, explanation
 from cluster.access_log import AccessLog, Call
 from cluster.activity import Activity
+from cluster.admission import TIMEOUT_HEADER, Admission
 from cluster.answer import Answer, Choice
 from cluster.billing import Books
 from cluster.chat_codec import ChatCodec
@@ -23,28 +26,30 @@ from cluster.config import ClusterConfig
 from cluster.console import Console
 from cluster.errors import (
     ApiError,
+    DeadlineExceeded,
     MethodNotAllowed,
-    RateLimited,
     TooLarge,
     UnknownModel,
     UnknownPath,
     UnsupportedMedia,
 )
 from cluster.fleet import Fleet
-from cluster.flight import Flight, Pilot
+from cluster.flight import Flight, Pilot, Timing
 from cluster.logprobs import ChatLogprobsWriter, CompletionLogprobsWriter
 from cluster.metrics import CONTENT_TYPE_LATEST, Metrics
 from cluster.openapi import document
 from cluster.output import Output
+from cluster.public_prefix import PublicPrefixes
 from cluster.responses import ChatReply, CompletionReply, ModelCard, ModelList, Reply, encode
 from cluster.schemas import ChatRequest, GenerationRequest, Limits, parse_chat, parse_completion
 from cluster.structured import StructuredOutput
 from cluster.tenants import Tenant, Tenants
 from cluster.tokenization import Detokenized, parse_detokenize, parse_tokenize, tokenize
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from cluster.usage import days_of, report
 from workers.page_hash import page_hashes
-from workers.request import Grammar
+from workers.request import Grammar, SamplingParams
 
 log = logging.getLogger(__name__)
 
@@ -68,13 +73,16 @@ class Api:
         books: Books,
         metrics: Metrics,
         fleet: Fleet,
+        tenants: Tenants,
     ) -> None:
         self._config = config
         self._limits = limits
         self._tokenizer = tokenizer
         self._codec = codec
         self._structured = structured
-        self._tenants = Tenants(config.tenants)
+        self._tenants = tenants
+        self._admission = Admission(config, tenants)
+        self._public = PublicPrefixes.load(config.public_prefixes, tokenizer, codec)
         self._pilot = pilot
         self._books = books
         self._metrics = metrics
@@ -101,11 +109,12 @@ class Api:
             *(Route(path, self.page) for path in self._page),
         ]
 
-    def app(self, *, echoes_id: bool = True) -> ASGIApp:
+    def app(self, *, echoes_id: bool = True, tracing: Tracing | None = None) -> ASGIApp:
         """echoes_id False: a proxy in front puts x-request-id on every answer."""
         handlers = {ApiError: self._api_error, HTTPException: self._http_error, Exception: self._fault}
         app = Starlette(routes=self.routes, exception_handlers=handlers)  # type: ignore[arg-type]
-        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id)
+        trace = None if tracing is None else tracing.record
+        return AccessLog(app, refuse=self._api_error, echoes_id=echoes_id, trace=trace)
 
     async def chat(self, request: Request) -> Response:
         tenant = self._admit(request)
@@ -193,6 +202,13 @@ class Api:
         return _json(encode(state), status=200 if state.ready else 503)
 
     async def metrics(self, request: Request) -> Response:
+        self._metrics.observe_gateway(
+            ready=self._fleet.state().ready,
+            linked=len(self._fleet.linked_pairs()),
+            routable=len(self._fleet.routable_pairs()),
+            queued_tokens=self._pilot.queued_tokens,
+            unsettled=self._books.num_unsettled,
+        )
         return Response(self._metrics.render(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     async def console_state(self, request: Request) -> Response:
@@ -204,33 +220,33 @@ class Api:
 
     def _tenant(self, request: Request) -> Tenant:
         """Whose request it is. Raises Unauthorized."""
-        tenant = Call.of(request).tenant = self._tenants.of(request.headers.get("authorization"))
+        call = Call.of(request)
+        tenant = call.tenant = self._tenants.of(request.headers.get("authorization"))
+        self._admission.show(call, tenant)
         return tenant
 
     def _admit(self, request: Request) -> Tenant:
         """Whose request it is, if there is room for one more."""
-        tenant = self._tenant(request)
+        tenant, call = self._tenant(request), Call.of(request)
         content_type = request.headers.get("content-type", "application/json")
         if content_type.partition(";")[0].strip().lower() != "application/json":
             raise UnsupportedMedia(content_type)
-        limits = self._config.gateway
-        if self._pilot.in_progress >= limits.max_concurrency:
-            raise RateLimited(
-                f"{limits.max_concurrency} requests are in progress, which is this gateway's limit"
-            )
-        if self._pilot.queued_tokens >= limits.max_queued_tokens:
-            raise RateLimited(
-                f"{limits.max_queued_tokens} prompt tokens are queued, which is this gateway's limit"
-            )
+        call.deadline = self._admission.deadline(request.headers.get(TIMEOUT_HEADER))
+        self._admission.enter(call, tenant)
         return tenant
 
     async def _body(self, request: Request) -> bytes:
         limit = self._config.gateway.max_body_bytes
         body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > limit:
-                raise TooLarge(max_bytes=limit)
+        try:
+            async with asyncio.timeout_at(Call.of(request).deadline):
+                async for chunk in request.stream():
+                    body += chunk
+                    if len(body) > limit:
+                        raise TooLarge(max_bytes=limit)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time was up before its body was whole") from None
+        Call.of(request).read_at = time.monotonic()
         return bytes(body)
 
     def _check_model(self, model: str) -> None:
@@ -258,15 +274,22 @@ class Api:
         may_call: bool = False,
         grammar: Grammar | None = None,
     ) -> list[Choice]:
-        """All choices of the first prompt, then those of the second. Raises ContextTooLong.
+        """All choices of the first prompt, then those of the second. Raises ContextTooLong, RateLimited and Overloaded.
 
         thinking: the replies begin with reasoning. may_call: they may hold tool calls
         """
         single = len(prompts) * wanted.n == 1
+        samplings = self._samplings(tenant, wanted, prompts, grammar)
+        on_begun = self._admission.reserve(
+            call,
+            tenant,
+            prompts=[len(prompt) for prompt in prompts],
+            output_tokens=wanted.n * sum(sampling.max_tokens for sampling in samplings),
+        )
         choices: list[Choice] = []
-        for prompt in prompts:
-            sampling = wanted.sampling(self._limits, len(prompt), grammar)
-            hashes = page_hashes(tenant.namespace, prompt)
+        for prompt, sampling, begun in zip(prompts, samplings, on_begun, strict=True):
+            num_public_pages = self._public.num_pages(prompt)
+            hashes = page_hashes(tenant.namespace, prompt, num_public_pages=num_public_pages)
             leader = None
             for number in range(wanted.n):
                 flight = Flight(
@@ -275,8 +298,12 @@ class Api:
                     sampling=msgspec.structs.replace(sampling, seed=sampling.seed + number),
                     namespace=tenant.namespace,
                     page_hashes=hashes,
+                    num_public_pages=num_public_pages,
+                    flow=tenant.name,
+                    deadline=call.deadline,
                     wants_progress=wanted.return_progress,
                     wants_selected_pages=wanted.selected_pages,
+                    timing=Timing(admitted_at=call.read_at),
                 )
                 output = Output(
                     self._tokenizer,
@@ -286,9 +313,24 @@ class Api:
                     min_tokens=wanted.min_tokens,
                     parser=self._codec.parser() if may_call else None,
                 )
-                choices.append(self._choice(call, flight, output, tenant, wanted, leader))
+                choices.append(self._choice(call, flight, output, tenant, wanted, leader, begun))
                 leader = leader or choices[-1]
         return choices
+
+    def _samplings(
+        self, tenant: Tenant, wanted: GenerationRequest, prompts: list[list[int]], grammar: Grammar | None
+    ) -> list[SamplingParams]:
+        """Of each prompt. An answer whose length is left open is no longer than the tenant's tokens a minute allow."""
+        samplings = [wanted.sampling(self._limits, len(prompt), grammar) for prompt in prompts]
+        longest = self._admission.longest_answer(
+            tenant, prompt_tokens=sum(map(len, prompts)), num_answers=wanted.n * len(prompts)
+        )
+        if wanted.max_output is not None or longest is None:
+            return samplings
+        return [
+            msgspec.structs.replace(sampling, max_tokens=min(sampling.max_tokens, longest))
+            for sampling in samplings
+        ]
 
     def _choice(
         self,
@@ -298,6 +340,7 @@ class Api:
         tenant: Tenant,
         wanted: GenerationRequest,
         leader: Choice | None,
+        on_begun: Callable[[], None],
     ) -> Choice:
         completion = Completion(
             flight,
@@ -310,6 +353,7 @@ class Api:
             activity=self._activity,
             client_id=call.client_id,
             bills_prompt=leader is None,
+            on_begun=on_begun,
         )
         writer = ChatLogprobsWriter if isinstance(wanted, ChatRequest) else CompletionLogprobsWriter
         return Choice(completion, writer(self._tokenizer), leader)

@@ -31,6 +31,7 @@ from cluster.config import ClusterConfig
 from cluster.controller import WorkerInfo
 from cluster.fleet import Fleet
 from cluster.flight import Pilot
+from cluster.key_store import KeyList
 from cluster.metrics import Metrics
 from cluster.prefix_directory import PrefixDirectory
 from cluster.prices import PriceBook
@@ -38,6 +39,7 @@ from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.serve import DEMO_MODEL
 from cluster.structured import StructuredOutput
+from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
 from workers.messages import HEARTBEAT_S, Frame, Landed, Load, Prefill, Reserve, Ticket, Ticketed, ToWorker
 from workers.messages import Tokens as TokensUpdate
@@ -125,18 +127,22 @@ class DoNothing:
 
     def _send(self, role: str, updates: list[Any]) -> None:
         other = "decode" if role == "prefill" else "prefill"
-        load = Load(peers=[(f"{other}-0", EPOCH)], free_pages=2**20)
+        load = Load(peers=[(f"{other}-0", EPOCH)], free_pages=2**20, max_running=2**20)
         self._gateways[role].write(pack(Frame(f"{role}-0", EPOCH, load, updates)))
 
 
 class _NoLedger:
-    """Takes every record at once."""
+    """Takes every record at once and has no keys."""
 
     class _Method:
-        async def remote(self, record: Any) -> None:
-            pass
+        def __init__(self, answer: KeyList | None = None) -> None:
+            self._answer = answer
+
+        async def remote(self, argument: Any) -> KeyList | None:
+            return self._answer
 
     open = settle = _Method()
+    keys = _Method(KeyList(version=0, keys={}, limits={}, any_made=False))
 
 
 def _run_workers(pipe: Connection, vocab_size: int, step_s: float) -> None:
@@ -165,6 +171,8 @@ async def _serve(pipe: Connection, folder: Path, ports: dict[str, int]) -> None:
     settling = asyncio.create_task(books.settle_forever())
     tokenizer = Tokenizer(folder)
     codec = ChatCodec.load(folder, tokenizer)
+    tenants = Tenants(config)
+    await tenants.read(_NoLedger())
     api = Api(
         config,
         limits=Limits(max_context=model.max_position_embeddings, vocab_size=model.vocab_size),
@@ -175,6 +183,7 @@ async def _serve(pipe: Connection, folder: Path, ports: dict[str, int]) -> None:
         books=books,
         metrics=Metrics(),
         fleet=fleet,
+        tenants=tenants,
     )
     server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning", access_log=False))
     serving = asyncio.create_task(server.serve())

@@ -30,6 +30,7 @@ class Books:
         self._prices = prices
         self._entry = entry
         self._unsettled: asyncio.Queue[tuple[Settlement, asyncio.Task[None]]] = asyncio.Queue()
+        self._num_unsettled = 0  # those in the queue, and the one that is being settled
 
     def price(self, now: float) -> Price:
         """The price in force; it is written into the opening, so a later price cannot change the bill."""
@@ -54,8 +55,14 @@ class Books:
             raise LedgerAway("the ledger is not available; try again later") from None
         return days
 
+    @property
+    def num_unsettled(self) -> int:
+        """Requests that are over, but not yet in the ledger."""
+        return self._num_unsettled
+
     def settle(self, settlement: Settlement, *, after: asyncio.Task[None]) -> None:
         """Settles what the task `after` opened. Never blocks and never fails: see `settle_forever`."""
+        self._num_unsettled += 1
         self._unsettled.put_nowait((settlement, after))
 
     async def settle_forever(self) -> None:
@@ -68,6 +75,7 @@ class Books:
                 settlement = msgspec.structs.replace(settlement, finish="error")
             while not await self._try_settle(settlement):
                 await asyncio.sleep(RETRY_S)
+            self._num_unsettled -= 1
 
     async def _try_settle(self, settlement: Settlement) -> bool:
         try:

@@ -6,14 +6,14 @@ Whatever ends it (the model, a stop string, a client that went away, a fault of 
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from dataclasses import dataclass
 
 from msgspec import UNSET, UnsetType
 
 from cluster.activity import Activity, Ending, workers_of
 from cluster.billing import Books
-from cluster.errors import ApiError
+from cluster.errors import ApiError, DeadlineExceeded
 from cluster.explanation import Phases
 from cluster.flight import Flight, Pilot, Reading
 from cluster.metrics import Metrics
@@ -47,7 +47,8 @@ class Completion:
     """Iterate over `parts`, then read `finish_reason`, `usage`, `timing`, `debug` and `ending`.
 
     client_id: what the client calls its request; it stands beside our id in the ledger.
-    bills_prompt False: another completion of the same request has the same prompt and pays for it.
+    bills_prompt False: another completion of the same request has the same prompt and pays for it. on_begun: called with
+    the first token.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class Completion:
         activity: Activity,
         client_id: str | None = None,
         bills_prompt: bool = True,
+        on_begun: Callable[[], None] = lambda: None,
     ) -> None:
         self.flight = flight
         self._output = output
@@ -75,6 +77,7 @@ class Completion:
         self._client_id = client_id
         self.ending: Ending | None = None  # once it is over
         self._bills_prompt = bills_prompt
+        self._on_begun = on_begun
         self._price = books.price(time.time())
         self._opening: asyncio.Task[None] | None = None
 
@@ -100,7 +103,10 @@ class Completion:
     def timing(self) -> Timing:
         timing = self.flight.timing
         return Timing(
-            queue=timing.queue, prefill=timing.prefill, ship=timing.ship, first_token=timing.first_token
+            queue=timing.queue,
+            prefill=timing.prefill,
+            ship=timing.ship or 0.0,
+            first_token=timing.first_token,
         )
 
     @property
@@ -124,6 +130,7 @@ class Completion:
                     if isinstance(step, Reading):
                         yield PromptProgress(total=step.total, cache=step.cache, processed=step.processed)
                         continue
+                    self._on_begun()
                     before = self._output.num_tokens
                     delta = self._output.push(step.tokens)
                     count = self._output.num_tokens - before
@@ -135,8 +142,9 @@ class Completion:
             rest = self._output.finish(cut=finish == "length")
             if any(rest):
                 yield Part(rest, [], None)
-        except ApiError:
-            finish = "error"
+        except ApiError as error:
+            # Past its deadline a request has had what it asked for: it ends, and is billed, as one whose client left.
+            finish = "cancelled" if isinstance(error, DeadlineExceeded) else "error"
             raise
         finally:
             self._settle(finish)

@@ -7,17 +7,20 @@ import ipaddress
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
-from cluster.chat_encoding import ChatFormat
+from cluster.chat_encoding import ChatFormat, Message
+from cluster.limits import TenantLimits
 from workers.config import EngineConfig
 
 AtLeastOne = Annotated[int, msgspec.Meta(ge=1)]
 NotNegative = Annotated[float, msgspec.Meta(ge=0)]
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
+HttpUrl = Annotated[str, msgspec.Meta(pattern="^https?://[^/]+")]
 Name = Annotated[str, msgspec.Meta(min_length=1)]
 KeyHash = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{64}$")]  # sha256 of an API key, in hex
 
@@ -32,18 +35,52 @@ class RoleConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     workers: AtLeastOne = 1
     num_cpus: NotNegative = 1.0  # what Ray sets aside for one worker
     num_gpus: NotNegative = 0.0
+    labels: dict[Name, Name] = {}  # of the Ray nodes that its workers may run on; none: of any
+    drain_s: NotNegative = 60.0  # what a worker that is to go may take for the requests that it has
     engine: EngineConfig = EngineConfig()
 
 
+class PrefillScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """By which prefill workers come and go; see `cluster.scaling`."""
+
+    min_workers: AtLeastOne = 1
+    max_workers: AtLeastOne
+    wait_goal_s: Positive = 1.0  # within which all prompt tokens that wait are to be computed
+    busy_goal: Share = 0.8  # of the time, spent in steps
+    lower_after_s: NotNegative = 300.0  # for how long fewer must have been enough before one goes
+
+
+class DecodeScaling(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """By which decode workers come and go."""
+
+    min_workers: AtLeastOne = 1
+    max_workers: AtLeastOne
+    share_goal: Share = 0.8  # of the pages that requests hold, and of max_running
+    step_goal_s: Positive | None = None  # of a step, which is a token of each request; None: does not matter
+    lower_after_s: NotNegative = 300.0
+
+
+class ScalingConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """None: as many workers as the role's `workers` says."""
+
+    prefill: PrefillScaling | None = None
+    decode: DecodeScaling | None = None
+
+
 class GatewayConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Limits of one gateway replica. Beyond them it answers 429 (413 for a body)."""
+    """Limits of one gateway replica. Beyond them it answers 429 or 503 (413 for a body)."""
 
     replicas: AtLeastOne = 1
+    num_cpus: NotNegative = 0.0  # what Ray sets aside for one gateway
+    labels: dict[Name, Name] = {}  # of the Ray nodes that gateways may run on; none: of any
     max_body_bytes: AtLeastOne = 4 * 2**20
     max_concurrency: AtLeastOne = 256  # requests in progress
     max_queued_tokens: AtLeastOne = 2**20  # prompt tokens whose first token has not come yet
+    request_timeout_s: Positive = 600.0  # of a request that names none in x-request-timeout
+    max_request_timeout_s: Positive = 3600.0  # that one may name
     worker_timeout_s: Positive = 3.0  # a worker whose frames stop for so long is taken for dead
     access_log: Name | None = None  # a file of JSON lines; None: the gateway's stdout
+    traces: HttpUrl | None = None  # an OpenTelemetry collector's OTLP/HTTP endpoint; None: no traces
 
 
 class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -51,6 +88,20 @@ class TenantConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
     name: Name
     keys: Annotated[list[KeyHash], msgspec.Meta(min_length=1)]
+    limits: TenantLimits = TenantLimits()  # those set with `cluster.keys` go before
+
+
+class PublicPrefixConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The beginning of prompts whose cached pages all tenants share: exactly one of the four."""
+
+    file: Name | None = None  # UTF-8: read when the service starts, and then its text
+    text: Name | None = None  # of a raw prompt, or of a chat's system message
+    messages: Annotated[list[Message], msgspec.Meta(min_length=1)] | None = None  # as in a chat
+    tokens: Annotated[list[int], msgspec.Meta(min_length=1)] | None = None
+
+    def __post_init__(self) -> None:
+        if sum(getattr(self, name) is not None for name in self.__struct_fields__) != 1:
+            raise ValueError("exactly one of file, text, messages and tokens must be set")
 
 
 class LedgerConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -67,18 +118,26 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     port: Port = 8000
     prefill: RoleConfig = RoleConfig()
     decode: RoleConfig = RoleConfig()
+    scaling: ScalingConfig = ScalingConfig()
     gateway: GatewayConfig = GatewayConfig()
-    tenants: list[TenantConfig] = []  # none: every caller is tenant "default", on a loopback host only
+    tenants: list[TenantConfig] = []
+    keys_required: bool = False  # false: while no key was ever made, every caller is tenant "default"
+    public_prefixes: list[PublicPrefixConfig] = []
     ledger: LedgerConfig = LedgerConfig()
     price_entry: Name = "v3.2-exp-launch"  # of the price book
     num_cpus: AtLeastOne | None = None  # what Ray may count on where it is started on this machine; None: all
 
     def __post_init__(self) -> None:
+        if self.gateway.request_timeout_s > self.gateway.max_request_timeout_s:
+            raise ValueError(
+                f"gateway.request_timeout_s is {self.gateway.request_timeout_s:g}, more than "
+                f"gateway.max_request_timeout_s, which is {self.gateway.max_request_timeout_s:g}"
+            )
         _check_tenants(self.tenants)
-        if not self.tenants and not is_loopback(self.host):
+        if not self.tenants and not self.keys_required and not is_loopback(self.host):
             raise ValueError(
                 f"host {self.host!r} is not a loopback address and tenants is empty: anyone who can reach it could use "
-                "the service; configure tenants with keys or set host to 127.0.0.1"
+                "the service; set keys_required, configure tenants with keys, or set host to 127.0.0.1"
             )
         for key in ("precision", "max_context"):
             mine, theirs = getattr(self.prefill.engine, key), getattr(self.decode.engine, key)
@@ -93,6 +152,18 @@ class ClusterConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
                     f"{role}.engine.device is {config.engine.device} and {role}.engine.ranks {config.engine.ranks}, "
                     f"but {role}.num_gpus is {config.num_gpus:g}: a rank needs a GPU"
                 )
+            scaling: PrefillScaling | DecodeScaling | None = getattr(self.scaling, role)
+            if scaling and not scaling.min_workers <= config.workers <= scaling.max_workers:
+                raise ValueError(
+                    f"{role}.workers is {config.workers}, which is to start with, but scaling.{role} allows "
+                    f"{scaling.min_workers} to {scaling.max_workers}"
+                )
+
+    def most_workers(self, role: Literal["prefill", "decode"]) -> int:
+        """How many there may be at once."""
+        scaling: PrefillScaling | DecodeScaling | None = getattr(self.scaling, role)
+        of_role: RoleConfig = getattr(self, role)
+        return scaling.max_workers if scaling else of_role.workers
 
 
 def is_loopback(host: str) -> bool:

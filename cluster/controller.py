@@ -19,6 +19,7 @@ from typing import Literal, TypeVar, TypeVarTuple
 
 import msgspec
 
+from cluster.key_store import KeyList, KeyStore
 from cluster.ledger import DayTotals, Ledger, Totals
 from cluster.prefix_directory import PageChange, PrefixDirectory
 from cluster.records import LedgerUnavailable, Opening, Record, Settled, Settlement
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 ACTOR_NAME = "prefix-cache-controller"
 NAMESPACE = "lightship"  # of the actor in Ray
 WORKER_SILENCE_S = 5.0  # a worker that has not reported for so long is dropped
+QUEUE_S = 5.0  # how long a gateway's word on its queue counts
 GATHER_S = 3.0  # how long a new controller lets workers come (back) before it says who is there
 ORPHAN_GRACE_S = 10.0  # how long a gateway that was taken for dead may still settle a request itself
 MAX_LOGGED_PAGES = 2**18  # page changes kept for followers; one that is further behind gets everything anew
@@ -78,6 +80,7 @@ class PrefixCacheController:
         self._started_at = self._looked_at = clock()
         self._members: dict[str, WorkerInfo] = {}
         self._reports: dict[str, tuple[int, float]] = {}  # worker -> (last sequence number, when)
+        self._queues: dict[str, tuple[int, float]] = {}  # gateway -> (prompt tokens that wait, when)
         self._directory = PrefixDirectory()
         # Versions of another incarnation must not look like ours.
         self._version = self._members_version = secrets.randbits(30) << 32
@@ -86,6 +89,8 @@ class PrefixCacheController:
         self._num_logged_pages = 0
         self._changed = asyncio.Event()
         self._writer = _LedgerWriter(ledger_url)
+        self._ledger_url = ledger_url
+        self._keys: KeyStore | None = None
         self._orphans: dict[str, tuple[int, float]] = {}  # request id -> (output tokens, when to settle)
         self._settling: set[asyncio.Task[None]] = set()
 
@@ -146,6 +151,16 @@ class PrefixCacheController:
                 return self._update_since(version, pages)
             await _wait(changed, LOOK_S if over else min(LOOK_S, deadline - loop.time()))
 
+    async def queue(self, gateway: str, num_tokens: int) -> None:
+        """How many prompt tokens a gateway's requests wait to have computed, from time to time."""
+        self._queues[gateway] = num_tokens, self._clock()
+
+    async def queued_tokens(self) -> int:
+        """Of all gateways that have said so lately."""
+        since = self._clock() - QUEUE_S
+        self._queues = {gateway: told for gateway, told in self._queues.items() if told[1] >= since}
+        return sum(num_tokens for num_tokens, _ in self._queues.values())
+
     async def open(self, opening: Opening) -> Opening:
         """Returns once the opening is on disk. Raises LedgerUnavailable or RecordRefused."""
         record = await self._writer.write(opening)
@@ -171,11 +186,23 @@ class PrefixCacheController:
         """One key's sums by day. Raises LedgerUnavailable."""
         return await self._writer.call(Ledger.days, tenant, key_id, first, last)
 
+    async def keys(self, known: int) -> KeyList | None:
+        """API keys and limits; None where nothing has changed since version `known`. Raises LedgerUnavailable."""
+        return await asyncio.to_thread(self._read_keys, known)
+
     async def close(self) -> None:
         """Settles the orphans there are and closes the ledger."""
         self._settle_orphans(float("inf"))
         await asyncio.gather(*self._settling)
         await self._writer.close()
+        if self._keys is not None:
+            self._keys.close()
+
+    def _read_keys(self, known: int) -> KeyList | None:
+        """On any thread. The database may come up after the controller."""
+        if self._keys is None:
+            self._keys = KeyStore(self._ledger_url)
+        return self._keys.read(known)
 
     def _look_around(self) -> None:
         now = self._clock()

@@ -9,11 +9,12 @@ ApiError                  500  a fault of the service
   +-- MethodNotAllowed    405
   +-- TooLarge            413  the body is larger than the gateway reads
   +-- UnsupportedMedia    415  the body is not JSON
-  +-- RateLimited         429  the gateway's own limits are reached
+  +-- RateLimited         429  the tenant's limits, or its share of the gateway's room, are used up
   +-- Unavailable         503  trying again later may succeed
-        +-- Overloaded         503  no worker can take it now
+        +-- Overloaded         503  no worker can take it now, or the gateway is full
         +-- WorkersLost        503  workers were lost more often than a request is started again
         +-- LedgerAway         503  nothing is served unbilled
+  +-- DeadlineExceeded    504  the request's own time is up
 """
 
 from typing import Any
@@ -130,9 +131,15 @@ class RateLimited(ApiError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after_s: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after_s: int | None = 1) -> None:
+        """retry_after_s None: waiting does not help."""
         super().__init__(message)
         self.retry_after_s = retry_after_s
+
+    @property
+    def headers(self) -> dict[str, str]:
+        # OpenAI's clients try a 429 again unless they are told not to.
+        return {"x-should-retry": "false"} if self.retry_after_s is None else super().headers
 
 
 class Unavailable(ApiError):
@@ -154,3 +161,9 @@ class WorkersLost(Unavailable):
 
 class LedgerAway(Unavailable):
     code = "ledger_unavailable"
+
+
+class DeadlineExceeded(ApiError):
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"

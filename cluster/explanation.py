@@ -40,8 +40,8 @@ class RoutingAttempt(Struct, frozen=True, kw_only=True):
 
 
 class Phases(Struct, frozen=True, kw_only=True):
-    """Seconds. queue: at the prefill worker before its first step; ship: from the first token until the caches had landed;
-    first_token and total: since the request's arrival."""
+    """Seconds. queue: at the gateway and at the prefill worker before its first step; ship: from the first token until the
+    caches had landed; first_token and total: since the whole body had been read."""
 
     queue: float
     prefill: float
@@ -55,7 +55,7 @@ class Phases(Struct, frozen=True, kw_only=True):
         return cls(
             queue=timing.queue,
             prefill=timing.prefill,
-            ship=timing.ship,
+            ship=timing.ship or 0.0,
             first_token=timing.first_token,
             total=timing.total,
         )

@@ -30,6 +30,13 @@ class WorkerLost(msgspec.Struct, frozen=True):
     worker: str
 
 
+class DeadlinePassed(msgspec.Struct, frozen=True):
+    """Put into an attempt's mailbox when its time is up."""
+
+
+Note = Update | WorkerLost | DeadlinePassed
+
+
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     """The answer to /ready. `pairs`: "prefill -> decode" and whether a real token has gone through the pair."""
 
@@ -39,12 +46,14 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connection:
-    """One worker. `assigned_tokens` are prompt tokens that this gateway has sent it and that it has not dealt with yet."""
+    """One worker. `assigned_tokens` are prompt tokens that this gateway has sent it and that it has not dealt with yet;
+    `assigned_requests`, of a decode worker, those whose caches have not landed yet."""
 
     def __init__(self, info: WorkerInfo) -> None:
         self.info = info
         self.load = Load()
         self.assigned_tokens = 0
+        self.assigned_requests = 0
         self.alive = False
         self.task: asyncio.Task[None] | None = None
         self._writer: asyncio.StreamWriter | None = None
@@ -76,20 +85,20 @@ class Mailbox:
     larger events instead of falling further behind."""
 
     def __init__(self) -> None:
-        self._updates: deque[Update | WorkerLost] = deque()
+        self._updates: deque[Note] = deque()
         self._arrived = asyncio.Event()
 
     def __len__(self) -> int:
         return len(self._updates)
 
-    def put(self, update: Update | WorkerLost) -> None:
+    def put(self, update: Note) -> None:
         if self._updates and (joined := _join(self._updates[-1], update)) is not None:
             self._updates[-1] = joined
         else:
             self._updates.append(update)
         self._arrived.set()
 
-    async def get(self) -> Update | WorkerLost:
+    async def get(self) -> Note:
         """Waits for one. For a single reader."""
         while not self._updates:
             self._arrived.clear()
@@ -97,7 +106,7 @@ class Mailbox:
         return self._updates.popleft()
 
 
-def _join(before: Update | WorkerLost, after: Update | WorkerLost) -> Tokens | None:
+def _join(before: Note, after: Note) -> Tokens | None:
     """Both as one; None where the second does not go on where the first ends."""
     if not (isinstance(before, Tokens) and isinstance(after, Tokens)):
         return None
@@ -123,6 +132,7 @@ class Fleet:
         self.changed = asyncio.Event()  # set whenever a worker or a pair has come or gone
         self.on_load: Callable[[str, str, Load], None] = lambda worker, role, load: None
         self.on_gone: Callable[[str], None] = lambda worker: None
+        self.on_frame: Callable[[], None] = lambda: None  # some worker's load is news
         self._hello = Hello(gateway=gateway, secret=secret)
         self._timeout_s = timeout_s
         self._attempts: dict[str, tuple[Mailbox, frozenset[str]]] = {}
@@ -132,12 +142,16 @@ class Fleet:
         found = (c for c in self.connections.values() if c.alive and c.info.role == role)
         return sorted(found, key=lambda c: c.info.worker)
 
+    def taking(self, role: str) -> list[Connection]:
+        """Those that take requests: all that answer but the draining ones."""
+        return [connection for connection in self.alive(role) if not connection.load.draining]
+
     def linked_pairs(self) -> set[Pair]:
-        """Pairs whose two workers are alive and hold a link to each other."""
-        decodes = {c.key for c in self.alive("decode")}
+        """Pairs whose two workers take requests and hold a link to each other."""
+        decodes = {c.key for c in self.taking("decode")}
         return {
             (p.key, (worker, epoch))
-            for p in self.alive("prefill")
+            for p in self.taking("prefill")
             for worker, epoch in p.load.peers
             if (worker, epoch) in decodes
         }
@@ -147,12 +161,14 @@ class Fleet:
         return self.linked_pairs() & self.proven
 
     def state(self) -> ClusterState:
-        """Ready: there is a pair, every worker is part of one, and a real token has gone through all of them."""
+        """Ready: there is a pair, every worker that does not drain is part of one, and a real token has gone through all of them."""
         linked, proven = self.linked_pairs(), self.routable_pairs()
         paired = {key for pair in linked for key in pair}
         connections = self.connections.values()
         return ClusterState(
-            ready=bool(linked) and linked == proven and all(c.key in paired for c in connections),
+            ready=bool(linked)
+            and linked == proven
+            and all(c.key in paired or c.load.draining for c in connections),
             pairs={f"{pair[0][0]} -> {pair[1][0]}": pair in proven for pair in sorted(linked)},
             workers=sorted((c.info for c in connections), key=lambda info: info.worker),
         )
@@ -175,13 +191,22 @@ class Fleet:
         self._attempts[attempt] = mailbox, workers
         return mailbox
 
+    def expire(self, attempt: str) -> None:
+        """The attempt's time is up: its workers are told to stop, even while nobody reads its mailbox."""
+        mailbox, workers = self._attempts[attempt]
+        mailbox.put(DeadlinePassed())
+        self._abort(attempt, workers)
+
     def end(self, attempt: str, *, abort: bool) -> None:
         """Closes the attempt's mailbox; with `abort` its workers are told to stop."""
         _, workers = self._attempts.pop(attempt)
         if abort:
-            for worker in workers:
-                if worker in self.connections:
-                    self.connections[worker].send(Abort(attempt))
+            self._abort(attempt, workers)
+
+    def _abort(self, attempt: str, workers: frozenset[str]) -> None:
+        for worker in workers:
+            if worker in self.connections:
+                self.connections[worker].send(Abort(attempt))
 
     async def close(self) -> None:
         tasks = [c.task for c in self.connections.values() if c.task is not None]
@@ -216,8 +241,8 @@ class Fleet:
     def _take(self, connection: Connection, frame: Frame) -> None:
         if (frame.worker, frame.epoch) != connection.key:
             raise ConnectionError(f"another worker answers here: {frame.worker} of epoch {frame.epoch}")
-        pairs_changed = frame.load.peers != connection.load.peers
-        connection.load = frame.load
+        before, connection.load = connection.load, frame.load
+        pairs_changed = (frame.load.peers, frame.load.draining) != (before.peers, before.draining)
         self.on_load(connection.info.worker, connection.info.role, frame.load)
         if pairs_changed or not connection.alive:
             connection.alive = True
@@ -226,6 +251,7 @@ class Fleet:
             attempt = self._attempts.get(update.request_id)
             if attempt is not None:
                 attempt[0].put(update)
+        self.on_frame()
 
     async def _gone(self, connection: Connection) -> None:
         was_alive = connection.alive

@@ -28,7 +28,9 @@ from cluster.prices import PriceBook
 from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
+from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
@@ -38,6 +40,7 @@ from workers.request import SamplingParams
 log = logging.getLogger(__name__)
 
 WATCH_S = 10.0
+QUEUE_S = 1.0  # between two words on what waits here
 PROBE_TOKENS = PAGE_SIZE + 2  # a full page and a part of one
 PROBE_TIMEOUT_S = 60.0
 
@@ -57,6 +60,7 @@ class Gateway:
         self._metrics = Metrics()
         self._directory = PrefixDirectory()
         self._books = Books(self._controller, PriceBook.load(), config.price_entry)
+        self._tenants = Tenants(config)
         self._fleet = Fleet(
             gateway=f"gateway-{secrets.token_hex(4)}",
             secret=secret,
@@ -72,14 +76,20 @@ class Gateway:
             vocab_size=model.vocab_size,
         )
         self._config = config
+        traces = config.gateway.traces
+        self._tracing = Tracing(traces, gateway=self._fleet.gateway) if traces is not None else None
         self._tasks: list[asyncio.Task[None]] = []
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Called by Serve on the replica's own event loop once the constructor is done."""
-        self._tasks = [
-            asyncio.create_task(work)
-            for work in (self._watch(), self._prove_pairs(), self._books.settle_forever())
-        ]
+        duties = (
+            self._watch(),
+            self._prove_pairs(),
+            self._books.settle_forever(),
+            self._tenants.follow(self._controller),
+            self._tell_queue(),
+        )
+        self._tasks = [asyncio.create_task(duty) for duty in duties]
         api = Api(
             self._config,
             limits=self._limits,
@@ -90,8 +100,10 @@ class Gateway:
             books=self._books,
             metrics=self._metrics,
             fleet=self._fleet,
+            tenants=self._tenants,
         )
-        return api.app(echoes_id=False)  # Serve's proxy puts x-request-id on every answer
+        # Serve's proxy puts x-request-id on every answer.
+        return api.app(echoes_id=False, tracing=self._tracing)
 
     def check_health(self) -> None:
         """Serve's health check: a background task that has ended took the gateway's eyes with it."""
@@ -113,6 +125,15 @@ class Gateway:
             version = update.version
             self._directory.follow(update.changes, [info.worker for info in update.members])
             self._fleet.set_members(update.members)
+
+    async def _tell_queue(self) -> None:
+        """Tells the controller what waits here: prefill workers are wanted for it."""
+        while True:
+            try:
+                await self._controller.queue.remote(self._fleet.gateway, self._pilot.uncomputed_tokens)
+            except ray.exceptions.RayError as error:
+                log.warning("controller unreachable: %s", error)
+            await asyncio.sleep(QUEUE_S)
 
     async def _prove_pairs(self) -> None:
         """Sends a short request through each new pair; only then is it routable."""

@@ -10,6 +10,7 @@ later is found offline. What a record is and may say is in `cluster.records`. Kn
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime
 from typing import Any
 
@@ -103,7 +104,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 class Ledger:
     """The one writer; makes the database where there is none. Raises LedgerUnavailable, here and from every method.
 
-    Not for several threads at once. Of two writers on one database, the one that comes second gets LedgerUnavailable.
+    Not for several threads at once. Of two writers on one database, the one that comes second waits, or gets LedgerUnavailable.
     """
 
     def __init__(self, url: str) -> None:
@@ -122,7 +123,7 @@ class Ledger:
         is answered with the first one. A refused record does not keep the others from being written. Where this raises,
         nothing of the batch was written.
         """
-        with self._database.begin() as connection:
+        with self._database.write() as connection:
             tail = _Tail(connection, {record.request_id for record in batch})
             answers = [tail.add(record) for record in batch]
             tail.write(connection)
@@ -234,8 +235,9 @@ def verify(url: str) -> Report:
     bad = None
     with Database(url).existing() as connection:
         try:
-            for row in all_rows(connection):
-                audit.step(row)
+            with closing(all_rows(connection)) as rows:
+                for row in rows:
+                    audit.step(row)
             audit.end([tuple(row) for row in connection.execute(sa.select(HEAD))])
         except RecordRefused as refused:
             bad = f"Record {audit.seq + 1}: {refused}"

@@ -4,8 +4,8 @@ Portable SQL through SQLAlchemy Core. Knows nothing of what may be written when;
 """
 
 import heapq
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Generator, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +73,15 @@ class Database:
             yield connection
 
     @contextmanager
+    def write(self) -> Iterator[sa.Connection]:
+        """As `begin`, for a transaction that will write. On SQLite it waits for its turn at once: one that has read before it
+        waits would find its snapshot outdated by another process, such as `cluster.keys`. Raises LedgerUnavailable.
+        """
+        engine = self._engine.execution_options(will_write=True)
+        with self._translated(), engine.begin() as connection:
+            yield connection
+
+    @contextmanager
     def existing(self) -> Iterator[sa.Connection]:
         """A transaction to read from, on a ledger that must be there; closes the engine. Raises LedgerUnavailable."""
         if self._path is not None and not self._path.is_file():
@@ -119,11 +128,13 @@ def find_settled(connection: sa.Connection, request_ids: Collection[str]) -> dic
     return {row["request_id"]: to_settled(row) for row in _find(connection, SETTLEMENTS, request_ids)}
 
 
-def all_rows(connection: sa.Connection) -> Iterator[sa.RowMapping]:
+def all_rows(connection: sa.Connection) -> Generator[sa.RowMapping, None, None]:
     """The rows of both tables in the order of their numbers. Raises RecordRefused where a number is none."""
     tables = (OPENINGS, SETTLEMENTS)
     queries = [sa.select(*_present(connection, table)).order_by(table.c.seq) for table in tables]
-    return heapq.merge(*[connection.execute(query).mappings() for query in queries], key=_number)
+    with ExitStack() as stack:  # an audit that finds something reads no further
+        results = [stack.enter_context(connection.execute(query)) for query in queries]
+        yield from heapq.merge(*[result.mappings() for result in results], key=_number)
 
 
 def to_row(record: Record) -> dict[str, Any]:
@@ -190,4 +201,5 @@ def _set_up_sqlite(connection: Any, _: object) -> None:
 
 
 def _begin_sqlite(connection: sa.Connection) -> None:
-    connection.exec_driver_sql("BEGIN")
+    will_write = connection.get_execution_options().get("will_write", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if will_write else "BEGIN")

@@ -7,15 +7,15 @@ the next request). Prompts are random token ids and answers ignore EOS, so that 
 
 import argparse
 import asyncio
+import contextlib
 import math
 import secrets
 import sys
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import httpx
 import msgspec
@@ -25,6 +25,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from cluster import client
 from cluster.loadtest_report import Record, Slo, plot, summarize, table
+from cluster.loadtest_send import send
+from cluster.loadtest_tenants import Pace, by_tenant, read_pace, tenants_table
 
 DEFAULT_VOCAB = 32_000  # where the server's model card does not say
 DEFAULT_SECONDS = 30.0
@@ -74,7 +76,8 @@ class Plan:
 class LoadTest:
     """Sends requests of one plan and keeps a record of each."""
 
-    def __init__(self, http: httpx.AsyncClient, plan: Plan, *, timeout_s: float) -> None:
+    def __init__(self, http: httpx.AsyncClient, plan: Plan, *, timeout_s: float, tenant: str = "") -> None:
+        self._tenant = tenant
         self._http = http
         self._plan = plan
         self._timeout_s = timeout_s
@@ -133,45 +136,21 @@ class LoadTest:
 
     async def _request(self, index: int, stream: int) -> Record:
         body, num_input, num_output = self._plan.body(index, stream)
-        record = Record(index=index, start_s=self._now(), input_tokens=num_input, output_tokens=num_output)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                await self._stream(body, record)
-        except TimeoutError:
-            record.error = "timeout"
-        except httpx.HTTPError as error:
-            record.error = type(error).__name__
-        except msgspec.DecodeError:
-            record.error = "not JSON"
-        record.end_s = self._now()
+        record = Record(
+            index=index,
+            start_s=self._now(),
+            input_tokens=num_input,
+            output_tokens=num_output,
+            tenant=self._tenant,
+        )
+        await send(self._http, "/v1/completions", body, record, now=self._now, timeout_s=self._timeout_s)
         return record
-
-    async def _stream(self, body: bytes, record: Record) -> None:
-        events = client.Events()
-        async with self._http.stream("POST", "/v1/completions", content=body) as answer:
-            if answer.status_code != 200:
-                record.error = client.error_text(answer.status_code, await answer.aread())
-                return
-            async for data in answer.aiter_bytes():
-                for event in events.push(data):
-                    self._take(event, record)
-        if record.error is None:
-            record.error = record.flaw() if events.done else "the stream was cut"
-
-    def _take(self, event: dict[str, Any], record: Record) -> None:
-        if "error" in event:
-            record.error = f"in the stream: {client.error_message(event)}"
-        for choice in event.get("choices", []):
-            if choice.get("text") or choice.get("finish_reason") is None:
-                record.chunks_s.append(self._now())
-        record.usage = event.get("usage") or record.usage
-        record.timing = event.get("timing") or record.timing
 
     def _now(self) -> float:
         return time.perf_counter() - self._started
 
 
-def _range(text: str) -> tuple[int, int]:
+def token_range(text: str) -> tuple[int, int]:
     least, _, most = text.partition(":")
     low, high = int(least), int(most or least)
     if not 1 <= low <= high:
@@ -179,21 +158,21 @@ def _range(text: str) -> tuple[int, int]:
     return low, high
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not at least 1")
     return value
 
 
-def _positive(text: str) -> float:
+def positive(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
     return value
 
 
-def _share(text: str) -> float:
+def share(text: str) -> float:
     value = float(text)
     if not 0 <= value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not between 0 and 1")
@@ -206,21 +185,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     client.add_options(parser)
     loop = parser.add_mutually_exclusive_group()
-    loop.add_argument("--rate", type=_positive, help="open loop: requests a second, Poisson")
+    loop.add_argument("--rate", type=positive, help="open loop: requests a second, Poisson")
     loop.add_argument(
-        "--concurrency", type=_count, default=8, help="closed loop: requests at once (%(default)s)"
+        "--concurrency", type=count, default=8, help="closed loop: requests at once (%(default)s)"
+    )
+    loop.add_argument(
+        "--tenant",
+        type=read_pace,
+        action="append",
+        metavar="NAME=KEY:PACE",
+        help="several tenants at once: each its key and its requests at once (4) or a second (0.5/s); repeat it",
     )
     parser.add_argument(
-        "--duration", type=_positive, help="seconds in which requests start (30, or 3600 with --requests)"
+        "--duration", type=positive, help="seconds in which requests start (30, or 3600 with --requests)"
     )
-    parser.add_argument("--requests", type=_count, help="at most so many")
+    parser.add_argument("--requests", type=count, help="at most so many")
     parser.add_argument(
-        "--timeout", type=_positive, default=300.0, help="seconds for one request (%(default)s)"
+        "--timeout", type=positive, default=300.0, help="seconds for one request (%(default)s)"
     )
-    parser.add_argument("--input", type=_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)")
-    parser.add_argument("--output", type=_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)")
     parser.add_argument(
-        "--shared-prefix", type=_share, default=0.0, help="share of each prompt all have in common (0)"
+        "--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)"
+    )
+    parser.add_argument(
+        "--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)"
+    )
+    parser.add_argument(
+        "--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)"
     )
     parser.add_argument(
         "--warmup", type=int, default=2, help="requests sent before, not counted (%(default)s)"
@@ -228,24 +218,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, help="of prompts and arrivals; a repeated seed finds its prompts cached"
     )
-    parser.add_argument("--slo-ttft-ms", type=_positive, help="goodput: time to first token at most")
-    parser.add_argument("--slo-tpot-ms", type=_positive, help="goodput: time per output token at most")
+    parser.add_argument("--slo-ttft-ms", type=positive, help="goodput: time to first token at most")
+    parser.add_argument("--slo-tpot-ms", type=positive, help="goodput: time per output token at most")
     parser.add_argument("--json", type=Path, help="write settings, summary and every request here")
     parser.add_argument("--plot", type=Path, help="draw latencies and the course of the test here (PNG)")
     return parser
 
 
 async def _measure(arguments: argparse.Namespace, console: Console) -> tuple[Plan, list[Record]]:
-    unlimited = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-    async with httpx.AsyncClient(
-        base_url=arguments.url,
-        headers=client.headers(arguments.api_key) | {"content-type": "application/json"},
-        timeout=client.timeouts(arguments.timeout),
-        limits=unlimited,
-    ) as http:
-        plan = await _plan(http, arguments)
-        test = LoadTest(http, plan, timeout_s=arguments.timeout)
-        await test.warm_up(arguments.warmup)
+    paces: list[Pace] = arguments.tenant or [
+        Pace(key=arguments.api_key, concurrency=arguments.concurrency, rate=arguments.rate)
+    ]
+    async with contextlib.AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(_client(pace, arguments)) for pace in paces]
+        plan = await _plan(clients[0], arguments)
+        tests = [
+            LoadTest(
+                http, replace(plan, seed=plan.seed + number), timeout_s=arguments.timeout, tenant=pace.name
+            )
+            for number, (pace, http) in enumerate(zip(paces, clients, strict=True))
+        ]
+        for test in tests:
+            await test.warm_up(arguments.warmup)
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),
@@ -253,15 +247,28 @@ async def _measure(arguments: argparse.Namespace, console: Console) -> tuple[Pla
             TimeElapsedColumn(),
             console=console,
         ) as progress:
-            task = progress.add_task("requests", total=arguments.requests)
-            records = await test.run(
-                rate=arguments.rate,
-                concurrency=arguments.concurrency,
-                seconds=arguments.duration or (MAX_SECONDS if arguments.requests else DEFAULT_SECONDS),
-                requests=arguments.requests or MAX_REQUESTS,
-                report=lambda record: progress.advance(task),
-            )
+            task = progress.add_task("requests", total=arguments.requests and arguments.requests * len(paces))
+            runs = [
+                test.run(
+                    rate=pace.rate,
+                    concurrency=pace.concurrency,
+                    seconds=arguments.duration or (MAX_SECONDS if arguments.requests else DEFAULT_SECONDS),
+                    requests=arguments.requests or MAX_REQUESTS,
+                    report=lambda record: progress.advance(task),
+                )
+                for pace, test in zip(paces, tests, strict=True)
+            ]
+            records = [record for of_one in await asyncio.gather(*runs) for record in of_one]
     return plan, records
+
+
+def _client(pace: Pace, arguments: argparse.Namespace) -> httpx.AsyncClient:
+    return httpx.AsyncClient(
+        base_url=arguments.url,
+        headers=client.headers(pace.key) | {"content-type": "application/json"},
+        timeout=client.timeouts(arguments.timeout),
+        limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+    )
 
 
 async def _plan(http: httpx.AsyncClient, arguments: argparse.Namespace) -> Plan:
@@ -289,9 +296,13 @@ def main(argv: list[str] | None = None) -> int:
     except (httpx.HTTPError, httpx.InvalidURL, ConnectionError, ValueError) as error:
         console.print(f"{arguments.url}: {error or type(error).__name__}", style="red", markup=False)
         return 1
-    summary = summarize(records, Slo(ttft_ms=arguments.slo_ttft_ms, tpot_ms=arguments.slo_tpot_ms))
+    slo = Slo(ttft_ms=arguments.slo_ttft_ms, tpot_ms=arguments.slo_tpot_ms)
+    summary = summarize(records, slo)
     settings = asdict(plan) | {"rate": arguments.rate, "concurrency": arguments.concurrency}
     Console().print(table(summary))
+    if arguments.tenant:
+        summary["tenants"] = by_tenant(records, slo)
+        Console().print(tenants_table(summary["tenants"]))
     if arguments.json:
         report = {"settings": settings, "summary": summary, "requests": records}
         arguments.json.write_bytes(msgspec.json.format(msgspec.json.encode(report)))

@@ -32,11 +32,18 @@ class Record:
     start_s: float
     input_tokens: int  # as sent
     output_tokens: int  # as asked for
+    client_id: str | None = None  # as sent, and found again in the ledger
+    cancelled: bool = False  # its client hung up, as planned
     end_s: float = 0.0
     chunks_s: list[float] = field(default_factory=list)
     usage: dict[str, Any] | None = None
     timing: dict[str, float] | None = None
     error: str | None = None
+    tenant: str = ""  # whose key it was sent with, where there are several
+
+    @property
+    def completed(self) -> bool:
+        return self.error is None and not self.cancelled
 
     def flaw(self) -> str | None:
         """What is wrong with an answer that came to its end."""
@@ -87,7 +94,7 @@ class Slo:
 
 def summarize(records: Sequence[Record], slo: Slo) -> dict[str, Any]:
     """Everything that is printed, as JSON values. Rates are over the time from the first send to the last answer."""
-    done = [record for record in records if record.error is None]
+    done = [record for record in records if record.completed]
     seconds = max((r.end_s for r in records), default=0.0) - min((r.start_s for r in records), default=0.0)
 
     def per_second(amount: float) -> float:
@@ -96,11 +103,13 @@ def summarize(records: Sequence[Record], slo: Slo) -> dict[str, Any]:
     num_input, num_output = sum(r.input_tokens for r in done), sum(r.output_tokens for r in done)
     num_hit = sum(_used(r, "prompt_cache_hit_tokens") for r in done)
     num_good = sum(map(slo.met_by, done))
+    num_kept = sum(not r.cancelled for r in records)
     ttft = sum(r.ttft_s for r in done if r.timing)
     return {
         "requests": len(records),
         "completed": len(done),
-        "failed": len(records) - len(done),
+        "cancelled": sum(r.cancelled for r in records),
+        "failed": sum(r.error is not None for r in records),
         "errors": dict(Counter(r.error for r in records if r.error is not None)),
         "seconds": seconds,
         "peak_concurrency": _peak_concurrency(records),
@@ -114,9 +123,9 @@ def summarize(records: Sequence[Record], slo: Slo) -> dict[str, Any]:
         "cost_nanodollars": sum(_used(r, "cost_nanodollars") for r in done),
         "slo": {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms},
         "goodput_requests_per_s": per_second(num_good),
-        "slo_attainment": num_good / len(records) if records else 0.0,
+        "slo_attainment": num_good / num_kept if num_kept else 0.0,
         "added_share_of_ttft": sum(r.added_s or 0.0 for r in done) / ttft if ttft else None,
-        **{name: statistics(values) for name, values in _latencies(done).items()},
+        **{name: statistics(values) for name, values in latencies(done).items()},
     }
 
 
@@ -141,12 +150,12 @@ def plot(records: Sequence[Record], path: Path) -> None:
         Figure,
     )  # here: it takes longer to import than all the rest, and few ask for a plot
 
-    done = [record for record in records if record.error is None]
+    done = [record for record in records if record.completed]
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 3)
-    latencies = _latencies(done)
+    values_of = latencies(done)
     for axis, name in zip(axes.flat, ("ttft_ms", "tpot_ms", "itl_ms", "e2e_ms"), strict=False):
-        axis.ecdf([value * 1e3 for value in latencies[name]] or [0.0])
+        axis.ecdf([value * 1e3 for value in values_of[name]] or [0.0])
         axis.set(title=LATENCIES[name], xlabel="ms", ylabel="share of all", ylim=(0, 1))
         axis.set_xlim(left=0)
     course, throughput = axes.flat[4:]
@@ -164,8 +173,8 @@ def plot(records: Sequence[Record], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _latencies(done: Sequence[Record]) -> dict[str, list[float]]:
-    """Seconds, by the names of LATENCIES."""
+def latencies(done: Sequence[Record]) -> dict[str, list[float]]:
+    """Seconds, by the keys of LATENCIES."""
     return {
         "ttft_ms": [r.ttft_s for r in done],
         "tpot_ms": [r.tpot_s for r in done if r.tpot_s is not None],
@@ -203,6 +212,8 @@ def _figures(summary: dict[str, Any]) -> Table:
     rows.add_row(
         "completed", f"{summary['completed']} of {summary['requests']} in {summary['seconds']:.1f} s"
     )
+    if summary["cancelled"]:
+        rows.add_row("cancelled, as planned", str(summary["cancelled"]))
     rows.add_row("peak concurrency", str(summary["peak_concurrency"]))
     rows.add_row("requests/s", f"{summary['requests_per_s']:.2f}")
     rows.add_row("input tokens/s", f"{summary['input_tokens_per_s']:.0f}")

@@ -1,10 +1,11 @@
-"""Every metric that Lightship exports: its name, its unit, what it means and when it is counted. Knows nothing of HTTP.
+"""When each metric is counted, and the answer to /metrics. Names, units and meanings are in `cluster.metric_names`.
 
-Names follow vLLM's where it has the metric, with `lightship_` in front. Times are seconds; a page is 64 tokens.
+Knows nothing of HTTP.
 """
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
@@ -14,51 +15,29 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
+from cluster import metric_names as names
 from cluster.errors import ApiError
 from cluster.flight import Flight
+from cluster.metric_names import PREFIX, WORKER_COUNTERS, WORKER_GAUGES
 from cluster.records import Finish
 from workers.messages import Load
 
-__all__ = ["CONTENT_TYPE_LATEST", "WORKER_COUNTERS", "WORKER_GAUGES", "Metrics"]
+__all__ = ["CONTENT_TYPE_LATEST", "Metrics"]
 
-SHORT_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-LONG_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
-
-
-def _usage(load: Load) -> float:
-    num_pages = load.free_pages + load.cached_pages + load.held_pages
-    return load.held_pages / num_pages if num_pages else 0.0
+FINISHES: tuple[Finish, ...] = ("stop", "length", "cancelled")
 
 
-WORKER_GAUGES: dict[str, tuple[str, Callable[[Load], float]]] = {
-    "num_requests_running": ("requests that are scheduled", lambda load: load.running),
-    "num_requests_waiting": ("requests that wait for pages or a turn", lambda load: load.waiting),
-    "queued_tokens": ("prompt tokens still to be computed", lambda load: load.queued_tokens),
-    "kv_cache_usage_perc": ("share of the pages held by requests, 0 to 1", _usage),
-    "free_pages": ("pages that hold nothing", lambda load: load.free_pages),
-    "cached_pages": ("pages that are prefix cache and held by no request", lambda load: load.cached_pages),
-    "held_pages": ("pages held by requests", lambda load: load.held_pages),
-    "seconds_per_token": ("prefill time of one token, smoothed", lambda load: load.seconds_per_token),
-    "step_seconds": ("time of one decode step, smoothed", lambda load: load.step_seconds),
-    "pairs_alive": ("counterparts it can ship to or receive from", lambda load: len(load.peers)),
-}
-# What a worker counts in Load.counters. A restarted worker has another id, so its counters begin anew.
-WORKER_COUNTERS = {
-    "shipments": "shipments sent",
-    "resent_shipments": "shipments sent once more after a refusal",
-    "shipped_bytes": "bytes of cache pages sent",
-    "shipped_header_bytes": "bytes of headers and checksums sent",
-    "shipped_pages": "cache pages sent and accepted",
-    "ship_seconds": "time in which a shipment was under way",
-    "landed_bytes": "bytes of cache pages received and published",
-    "refused_shipments": "shipments refused by epoch, generation or checksum",
-    "refused_pages": "cache pages in refused shipments",
-    "pairs_made": "links made to counterparts",
-    "pairs_lost": "links lost",
-}
+@dataclass
+class _Stream:
+    """What a client has been sent of one answer."""
+
+    first_at: float
+    last_at: float
+    num_tokens: int
 
 
 class Metrics:
@@ -68,35 +47,49 @@ class Metrics:
         self._clock = clock
         self._registry = registry = CollectorRegistry()
         self._workers = _WorkerCollector()
-        self._last_token_at: dict[str, float] = {}
+        self._streams: dict[str, _Stream] = {}
         registry.register(self._workers)
 
-        def seconds(name: str, text: str, buckets: tuple[float, ...] = LONG_S) -> Histogram:
-            return Histogram(f"lightship_{name}_seconds", text, buckets=buckets, registry=registry)
+        def seconds(metric: names.Metric) -> Histogram:
+            return Histogram(PREFIX + metric.name, metric.text, buckets=metric.buckets, registry=registry)
 
-        def count(name: str, text: str, *labels: str) -> Counter:
-            return Counter(f"lightship_{name}", text, labels, registry=registry)
+        def count(metric: names.Metric) -> Counter:
+            return Counter(PREFIX + metric.name, metric.text, metric.labels, registry=registry)
 
-        self._first_token = seconds("time_to_first_token", "admission to the first token sent to the client")
-        self._between_tokens = seconds("inter_token_latency", "between two tokens of a stream", SHORT_S)
-        self._end_to_end = seconds("e2e_request_latency", "admission to the end of the answer")
-        self._queue = seconds("request_queue_time", "at the prefill worker before the first step")
-        self._prefill = seconds("request_prefill_time", "first prefill step to first token")
-        self._ship = seconds("request_ship_time", "first token until the caches had landed", SHORT_S)
-        self._running = Gauge(
-            "lightship_requests_in_progress", "requests admitted and not ended", registry=registry
-        )
-        self._prompt = count("prompt_tokens", "prompt tokens of requests that got a first token")
-        self._output = count("generation_tokens", "output tokens sent to clients")
-        self._queries = count("prefix_cache_queries", "prompt tokens looked up in the prefix cache")
-        self._hits = count("prefix_cache_hits", "prompt tokens billed as cache hits")
-        self._success = count(
-            "request_success", "requests answered, or cancelled by the client", "finished_reason"
-        )
-        self._failed = count("requests_failed", "requests that ended in an error after they were admitted")
-        self._rejected = count("requests_rejected", "error answers, by what went wrong", "reason")
-        self._resumed = count("requests_resumed", "times other workers had to go on with a request")
-        self._billed = count("billed_nanodollars", "amounts charged, in nano-dollars", "tenant")
+        def gauge(metric: names.Metric) -> Gauge:
+            return Gauge(PREFIX + metric.name, metric.text, registry=registry)
+
+        self._first_token = seconds(names.TIME_TO_FIRST_TOKEN)
+        self._gateway = seconds(names.GATEWAY_TIME)
+        self._queue = seconds(names.QUEUE_TIME)
+        self._prefill = seconds(names.PREFILL_TIME)
+        self._ship = seconds(names.SHIP_TIME)
+        self._first_decode = seconds(names.FIRST_DECODE_TIME)
+        self._decode = seconds(names.DECODE_TIME)
+        self._end_to_end = seconds(names.END_TO_END)
+        self._between_tokens = seconds(names.BETWEEN_TOKENS)
+        self._per_token = seconds(names.TIME_PER_OUTPUT_TOKEN)
+        self._prompts = seconds(names.REQUEST_PROMPT)
+        self._outputs = seconds(names.REQUEST_OUTPUT)
+        self._running = gauge(names.IN_PROGRESS)
+        self._queued = gauge(names.QUEUED_PROMPT)
+        self._unsettled = gauge(names.UNSETTLED)
+        self._ready = gauge(names.READY)
+        self._linked = gauge(names.PAIRS_LINKED)
+        self._routable = gauge(names.PAIRS_ROUTABLE)
+        self._prompt = count(names.PROMPT)
+        self._output = count(names.OUTPUT)
+        self._queries = count(names.QUERIES)
+        self._hits = count(names.HITS)
+        self._success = count(names.SUCCESS)
+        self._failed = count(names.FAILED)
+        self._rejected = count(names.REJECTED)
+        self._resumed = count(names.RESUMED)
+        self._billed = count(names.BILLED)
+        for finish in FINISHES:  # a rate needs the zero before the first one
+            self._success.labels(finish)
+        for kind in _kinds(ApiError):
+            self._rejected.labels(kind.__name__)
 
     def started(self) -> None:
         """A request was admitted. `ended` must follow."""
@@ -107,14 +100,26 @@ class Metrics:
         if not num_tokens:
             return
         now = self._clock()
-        last = self._last_token_at.get(flight.id)
-        if last is None:
-            self._first_token.observe(now - flight.timing.admitted_at)
-        else:
-            for _ in range(num_tokens):
-                self._between_tokens.observe((now - last) / num_tokens)
-        self._last_token_at[flight.id] = now
         self._output.inc(num_tokens)
+        stream = self._streams.get(flight.id)
+        if stream is None:
+            self._streams[flight.id] = _Stream(now, now, num_tokens)
+            self._began(flight, now - flight.timing.admitted_at)
+            return
+        for _ in range(num_tokens):
+            self._between_tokens.observe((now - stream.last_at) / num_tokens)
+        stream.last_at = now
+        stream.num_tokens += num_tokens
+
+    def _began(self, flight: Flight, first_token: float) -> None:
+        timing = flight.timing
+        self._first_token.observe(first_token)
+        self._queue.observe(timing.queue)
+        self._prefill.observe(timing.prefill)
+        self._gateway.observe(max(0.0, first_token - timing.queue - timing.prefill))
+        self._prompts.observe(len(flight.prompt))
+        self._prompt.inc(len(flight.prompt))
+        self._queries.inc(len(flight.prompt))
 
     def ended(self, flight: Flight, finish: Finish, *, tenant: str, nanodollars: int) -> None:
         """A request is over, in whatever way."""
@@ -126,17 +131,35 @@ class Metrics:
         else:
             self._success.labels(finish).inc()
             self._billed.labels(tenant).inc(nanodollars)
-        if self._last_token_at.pop(flight.id, None) is not None:
-            self._queue.observe(flight.timing.queue)
-            self._prefill.observe(flight.timing.prefill)
+        stream = self._streams.pop(flight.id, None)
+        if stream is not None:
+            self._ended_after_tokens(flight, stream)
+
+    def _ended_after_tokens(self, flight: Flight, stream: _Stream) -> None:
+        self._outputs.observe(stream.num_tokens)
+        self._hits.inc(flight.num_hit)
+        if flight.timing.ship is not None:
             self._ship.observe(flight.timing.ship)
-            self._prompt.inc(len(flight.prompt))
-            self._queries.inc(len(flight.prompt))
-            self._hits.inc(flight.num_hit)
+        if flight.timing.first_decode is not None:
+            self._first_decode.observe(flight.timing.first_decode)
+        if stream.num_tokens > 1:
+            seconds = stream.last_at - stream.first_at
+            self._decode.observe(seconds)
+            self._per_token.observe(seconds / (stream.num_tokens - 1))
 
     def rejected(self, error: ApiError) -> None:
         """A request was answered with an error status."""
         self._rejected.labels(type(error).__name__).inc()
+
+    def observe_gateway(
+        self, *, ready: bool, linked: int, routable: int, queued_tokens: int, unsettled: int
+    ) -> None:
+        """What is so just now: called before each `render`."""
+        self._ready.set(ready)
+        self._linked.set(linked)
+        self._routable.set(routable)
+        self._queued.set(queued_tokens)
+        self._unsettled.set(unsettled)
 
     def observe_load(self, worker: str, role: str, load: Load) -> None:
         """Keeps the last load frame of a worker, to be exported until `forget`."""
@@ -157,16 +180,22 @@ class _WorkerCollector(Collector):
     def __init__(self) -> None:
         self.loads: dict[str, tuple[str, Load]] = {}
 
-    def collect(self) -> Iterator[Metric]:
-        labels = ("worker", "role")
-        for name, (text, value) in WORKER_GAUGES.items():
-            gauge = GaugeMetricFamily(f"lightship_{name}", text, labels=labels)
+    def collect(self) -> Iterator[Family]:
+        for metric in WORKER_GAUGES:
+            assert metric.of_load is not None
+            gauge = GaugeMetricFamily(PREFIX + metric.name, metric.text, labels=metric.labels)
             for worker, (role, load) in self.loads.items():
-                gauge.add_metric((worker, role), value(load))
+                gauge.add_metric((worker, role), metric.of_load(load))
             yield gauge
-        for name, text in WORKER_COUNTERS.items():
-            counter = CounterMetricFamily(f"lightship_{name}", text, labels=labels)
+        for metric in WORKER_COUNTERS:
+            counter = CounterMetricFamily(PREFIX + metric.name, metric.text, labels=metric.labels)
             for worker, (role, load) in self.loads.items():
-                if name in load.counters:
-                    counter.add_metric((worker, role), load.counters[name])
+                if metric.name in load.counters:
+                    counter.add_metric((worker, role), load.counters[metric.name])
             yield counter
+
+
+def _kinds(kind: type[ApiError]) -> Iterator[type[ApiError]]:
+    yield kind
+    for narrower in kind.__subclasses__():
+        yield from _kinds(narrower)

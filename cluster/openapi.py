@@ -4,7 +4,7 @@ from typing import Any
 
 import msgspec
 
-from cluster import access_log, console, explanation
+from cluster import access_log, admission, console, explanation
 from cluster.console import ConsoleState
 from cluster.explanation import Routing
 from cluster.fleet import ClusterState
@@ -71,7 +71,25 @@ _REFUSALS = {
     "413": "the body is too large",
     "415": "the body is not JSON",
     "429": "a limit is reached; retry-after says when to come back",
-    "503": "no worker or no ledger now; retry-after says when to come back",
+    "503": "no worker, no room or no ledger now; retry-after says when to come back",
+    "504": "the request's time was up",
+}
+_ADMITTED = {"429", "504"}  # of requests that workers are needed for
+_TIMEOUT: Schema = {
+    "type": "number",
+    "exclusiveMinimum": 0,
+}  # seconds; the most is gateway.max_request_timeout_s
+_RATE_LIMITS: dict[str, Schema] = {
+    f"x-ratelimit-{what}-{of}": {
+        "description": f"{text} of the tenant's {of} a minute; left out where there is no such limit",
+        "schema": {"type": kind},
+    }
+    for what, text, kind in (
+        ("limit", "the limit", "integer"),
+        ("remaining", "what is left", "integer"),
+        ("reset", "time until all is there again, such as 6m0s or 120ms,", "string"),
+    )
+    for of in ("requests", "tokens")
 }
 
 
@@ -116,13 +134,13 @@ def document(model: str, limits: Limits) -> Schema:
             },
             "/tokenize": {"post": _post("TokenizeRequest", "Tokenized")},
             "/detokenize": {"post": _post("DetokenizeRequest", "Detokenized")},
-            "/v1/models": {"get": {"responses": _json("ModelList") | _refusals("401")}},
+            "/v1/models": {"get": {"responses": _json("ModelList") | _refusals("401", "503")}},
             "/ready": {
                 "get": {"responses": _json("ClusterState") | {"503": _body("not yet", "ClusterState")}}
             },
             "/health": {"get": {"responses": {"200": {"description": "this process answers"}}}},
             "/metrics": {"get": {"responses": {"200": {"description": "in Prometheus' text format"}}}},
-            "/console/state": {"get": {"responses": _json("ConsoleState") | _refusals("401")}},
+            "/console/state": {"get": {"responses": _json("ConsoleState") | _refusals("401", "503")}},
             **{path: _page(media_type) for path, (_, media_type) in console.FILES.items()},
             "/openapi.json": {"get": {"responses": {"200": {"description": "this document"}}}},
         },
@@ -164,11 +182,15 @@ def _post(request: str, answer: str, *, streams: bool = False) -> Schema:
     parameters = [_header(access_log.HEADER, {"type": "string", "pattern": "^[!-~]{1,128}$"})]
     if streams:
         parameters.append(_header(explanation.HEADER, {"enum": ["0", "1"]}))
+        parameters.append(_header(admission.TIMEOUT_HEADER, _TIMEOUT))
         responses["200"]["content"]["text/event-stream"] = {"schema": {"type": "string"}}
+    responses |= _refusals(*_REFUSALS) if streams else _refusals(*(_REFUSALS.keys() - _ADMITTED))
     return {
         "parameters": parameters,
         "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(request)}}},
-        "responses": responses | _refusals(*_REFUSALS),
+        "responses": {
+            status: response | {"headers": _RATE_LIMITS} for status, response in sorted(responses.items())
+        },
     }
 
 

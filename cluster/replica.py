@@ -4,12 +4,14 @@ The replica registers with the prefix-cache controller, reports which prefixes i
 decode workers there are. Undecorated: `cluster.app` makes the deployments.
 """
 
+import asyncio
 import logging
 import os
 import secrets
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +19,7 @@ import ray
 
 from cluster.config import ClusterConfig, is_loopback
 from cluster.controller import ACTOR_NAME, NAMESPACE, WorkerInfo
+from cluster.figures import BusyMeter, decode_figures, prefill_figures
 from workers.page_pool import CacheEvents
 from workers.ranks.shippers import Peer
 from workers.server import seconds_since_step
@@ -37,17 +40,19 @@ class WorkerReplica:
         self._epoch = secrets.randbits(63)
         self._id = f"{role}-{secrets.token_hex(4)}"
         assert config.model is not None
-        engine = config.prefill.engine if role == "prefill" else config.decode.engine
+        of_role = config.prefill if role == "prefill" else config.decode
+        self._drain_s = of_role.drain_s
         self._running: RunningWorker = start_worker(
             role=role,
             model=Path(config.model),
-            engine_config=engine,
+            engine_config=of_role.engine,
             worker_id=self._id,
             epoch=self._epoch,
             # A service for this machine alone keeps its workers' ports from the network too.
             host="127.0.0.1" if is_loopback(config.host) else ray.util.get_node_ip_address(),
             secret=secret,
         )
+        self._busy = BusyMeter(time.monotonic())
         self._running.worker.on_orphan = self._orphaned
         self._info = WorkerInfo(
             worker=self._id,
@@ -75,10 +80,29 @@ class WorkerReplica:
         if seconds_since_step(worker) > STALL_S:
             raise RuntimeError(f"the engine of {self._id} has not finished a step for {STALL_S:.0f} s")
 
-    def __del__(self) -> None:
-        if hasattr(self, "_stopping"):
-            self._stopping.set()
-            self._running.stop()
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """What Serve hands to the policies of `cluster.scaling`, which want figures of one kind or the other."""
+        worker = self._running.worker
+        if self._info.role == "decode":
+            return asdict(decode_figures(worker.latest_load))
+        queued_tokens = await self._controller.queued_tokens.remote()
+        busy_share = self._busy.share(worker.busy_seconds, time.monotonic())
+        return asdict(prefill_figures(worker.latest_load, queued_tokens, busy_share))
+
+    async def __del__(self) -> None:
+        """Serve awaits this when the replica is to go, and goes on to answer meanwhile."""
+        await asyncio.to_thread(self._leave)
+
+    def _leave(self) -> None:
+        """Ends what the worker has, as far as the time goes. Gateways take what is left to other workers."""
+        if not self._running.drain(self._drain_s):
+            log.warning("%s goes after %.0f s with requests in progress", self._id, self._drain_s)
+        self._running.stop()
+        self._stopping.set()  # not before: a worker that is silent is taken for dead
+        try:
+            self._call("deregister", self._id, self._epoch)
+        except ray.exceptions.RayError as error:
+            log.warning("controller unreachable: %s", error)
 
     def _spawn(self, target: Callable[[], None]) -> None:
         threading.Thread(target=target, name=target.__name__, daemon=True).start()

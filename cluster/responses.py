@@ -76,7 +76,7 @@ class Usage(Struct, frozen=True, kw_only=True):
 
 
 class Timing(Struct, frozen=True, kw_only=True):
-    """Seconds. `first_token` is the gateway's: from the request's arrival to its first token; the others lie within it,
+    """Seconds. `first_token` is the gateway's: from the whole body read to its first token; the others lie within it,
     except for `ship`, which goes on while the first token is already on its way to the client."""
 
     queue: float

@@ -38,6 +38,8 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     seconds_per_token: float = 0.0  # prefill; 0: not measured yet
     step_seconds: float = 0.0  # decode
     running: int = 0
+    max_running: int = 0  # at once
+    assigned_requests: int = 0  # decode: of this gateway, whose caches have not landed yet
     available_pages: int = 0  # free or cached
 
 

@@ -20,8 +20,9 @@ import msgspec
 from rich.console import Console
 
 from cluster.chat_codec import ChatCodec
-from cluster.config import ClusterConfig, ConfigError, LedgerConfig, load
+from cluster.config import ClusterConfig, ConfigError, LedgerConfig, PublicPrefixConfig, load
 from cluster.ledger import Ledger, LedgerUnavailable
+from cluster.public_prefix import PublicPrefixes
 from cluster.tokenizer import Tokenizer
 from workers.model import load_model
 from workers.paged_cache import num_pages_for
@@ -33,6 +34,7 @@ FAST_SERVE = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     "RAY_SERVE_ENABLE_DIRECT_INGRESS": "0",
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "2",  # default 10: too late for a rush of prompts
     "RAY_SERVE_PROXY_HEALTH_CHECK_TIMEOUT_S": "2",
     "RAY_AUTH_MODE": "disabled",  # one machine, one user; a cluster sets a token
     "RAY_DEDUP_LOGS": "0",
@@ -84,12 +86,29 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
     config = load(arguments.config, overrides)
     _check_port(config.host, config.port)
     model = Path(config.model or DEMO_MODEL).resolve()
+    config = msgspec.structs.replace(config, public_prefixes=list(map(_read_prefix, config.public_prefixes)))
     _check_model(config, model)
-    ledger = LedgerConfig(url=_absolute(config.ledger.url))  # actors run in folders of their own
-    Ledger(ledger.url).close()
+    config = resolve_paths(config, model)
+    Ledger(config.ledger.url).close()
+    return config
+
+
+def resolve_paths(config: ClusterConfig, model: Path) -> ClusterConfig:
+    """With absolute paths: actors run in folders of their own."""
+    ledger = LedgerConfig(url=_absolute(config.ledger.url))
     access_log = config.gateway.access_log and str(Path(config.gateway.access_log).resolve())
     gateway = msgspec.structs.replace(config.gateway, access_log=access_log)
     return msgspec.structs.replace(config, model=str(model), ledger=ledger, gateway=gateway)
+
+
+def _read_prefix(prefix: PublicPrefixConfig) -> PublicPrefixConfig:
+    """With the text of its file: gateways may run where that is not."""
+    if prefix.file is None:
+        return prefix
+    try:
+        return PublicPrefixConfig(text=Path(prefix.file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise StartError(f"public_prefixes: {prefix.file}: {error}") from None
 
 
 def _absolute(url: str) -> str:
@@ -109,20 +128,23 @@ def _check_port(host: str, port: int) -> None:
 
 
 def _check_model(config: ClusterConfig, model: Path) -> None:
-    """The checkpoint has every tensor and a known chat format, and each worker memory for at least one page."""
+    """The checkpoint has every tensor and a known chat format, each worker memory for a page, each public prefix a page."""
     try:
         for role in (config.prefill, config.decode):
             empty = load_model(model, msgspec.structs.replace(role.engine, device="meta"))
             if role.engine.cache_bytes is not None:
                 num_pages_for(role.engine.cache_bytes, empty.layout, empty.config.num_hidden_layers)
-        ChatCodec.load(model, Tokenizer(model), config.chat_encoding)
+        tokenizer = Tokenizer(model)
+        codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
+        PublicPrefixes.load(config.public_prefixes, tokenizer, codec)
     except (ValueError, OSError) as error:
         raise StartError(str(error)) from None
 
 
 def _cpus(config: ClusterConfig) -> int:
     """At least what the workers ask Ray for: on one machine they share the cores that there are."""
-    wanted = sum(role.workers * role.num_cpus for role in (config.prefill, config.decode))
+    wanted = config.prefill.num_cpus * config.most_workers("prefill")
+    wanted += config.decode.num_cpus * config.most_workers("decode")
     return config.num_cpus or max(math.ceil(wanted), os.cpu_count() or 1)
 
 
@@ -135,6 +157,37 @@ def _greet(config: ClusterConfig, console: Console) -> None:
         f"curl -N {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body % config.served_model_name}'\n\n"
     )
     sys.stdout.flush()
+
+
+def wait_until_ready(
+    config: ClusterConfig, console: Console, stop: threading.Event, timeout_s: float
+) -> None:
+    """Until a real token has gone through every pair, or `stop`. Raises StartError with Serve's own words when that fails."""
+    host = "127.0.0.1" if config.host == "0.0.0.0" else config.host
+    url = f"http://{host}:{config.port}/ready"
+    deadline = time.monotonic() + timeout_s
+    with console.status("loading weights, pairing workers, sending a first token ..."):
+        while time.monotonic() < deadline and not stop.is_set():
+            try:
+                if httpx.get(url, timeout=2).status_code == 200:
+                    return
+            except httpx.HTTPError:
+                pass
+            _raise_if_failed()
+            time.sleep(0.25)
+    if not stop.is_set():
+        raise StartError(f"not ready after {timeout_s:.0f} s; Ray's logs are in /tmp/ray/session_latest/logs")
+
+
+def _raise_if_failed() -> None:
+    from ray import serve
+
+    for application in serve.status().applications.values():
+        if application.status == "DEPLOY_FAILED":
+            details = [d.message for d in application.deployments.values() if d.message] or [
+                application.message
+            ]
+            raise StartError("Serve could not start the workers:\n" + "\n".join(details))
 
 
 class Service:
@@ -187,33 +240,10 @@ class Service:
             self._ray.shutdown()  # also ends the controller: this driver started the Ray it runs on
 
     def wait_ready(self) -> None:
-        """Until a real token has gone through every pair. Raises StartError with Serve's own words when that fails."""
-        url = f"http://{self._config.host}:{self._config.port}/ready"
-        deadline = time.monotonic() + READY_TIMEOUT_S
-        with self._console.status("loading weights, pairing workers, sending a first token ..."):
-            while time.monotonic() < deadline and not self._stop.is_set():
-                try:
-                    if httpx.get(url, timeout=2).status_code == 200:
-                        return
-                except httpx.HTTPError:
-                    pass
-                self._raise_if_failed()
-                time.sleep(0.25)
-        if not self._stop.is_set():
-            raise StartError(
-                f"not ready after {READY_TIMEOUT_S:.0f} s; Ray's logs are in /tmp/ray/session_latest/logs"
-            )
+        wait_until_ready(self._config, self._console, self._stop, READY_TIMEOUT_S)
 
     def wait_for_signal(self) -> None:
         self._stop.wait()
-
-    def _raise_if_failed(self) -> None:
-        for application in self._serve.status().applications.values():
-            if application.status == "DEPLOY_FAILED":
-                details = [d.message for d in application.deployments.values() if d.message] or [
-                    application.message
-                ]
-                raise StartError("Serve could not start the workers:\n" + "\n".join(details))
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self._stop.set()

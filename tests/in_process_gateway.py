@@ -22,7 +22,9 @@ from cluster.metrics import Metrics
 from cluster.prices import PriceBook
 from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
+from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
+from cluster.tracing import Tracing
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 
@@ -118,9 +120,14 @@ async def _serve(
 ) -> None:
     controller = PrefixCacheController(ledger, "secret")
     books = Books(_Handle(controller), PriceBook.load(), config.price_entry)
-    tasks = [asyncio.create_task(books.settle_forever()), asyncio.create_task(_report_pages(cluster))]
+    tenants = Tenants(config)
+    await tenants.read(_Handle(controller))
+    duties = (books.settle_forever(), tenants.follow(_Handle(controller)), _report_pages(cluster))
+    tasks = [asyncio.create_task(duty) for duty in duties]
     tokenizer = Tokenizer(model)
     codec = ChatCodec.load(model, tokenizer, config.chat_encoding)
+    metrics = Metrics()
+    fleet.on_load, fleet.on_gone = metrics.observe_load, metrics.forget
     api = Api(
         config,
         limits=Limits(max_context=max_context, vocab_size=ModelConfig.load(model).vocab_size),
@@ -129,11 +136,14 @@ async def _serve(
         structured=StructuredOutput.load(model, tokenizer, codec.name),
         pilot=pilot,
         books=books,
-        metrics=Metrics(),
+        metrics=metrics,
         fleet=fleet,
+        tenants=tenants,
     )
     paths.extend(route.path for route in api.routes)
-    server = uvicorn.Server(uvicorn.Config(api.app(), port=0, log_level="warning"))
+    traces = config.gateway.traces
+    tracing = Tracing(traces, gateway=fleet.gateway) if traces is not None else None
+    server = uvicorn.Server(uvicorn.Config(api.app(tracing=tracing), port=0, log_level="warning"))
     serving = asyncio.create_task(server.serve())
     while not server.started:
         await asyncio.sleep(0.01)
@@ -143,6 +153,8 @@ async def _serve(
     await asyncio.to_thread(stop.wait)
     server.should_exit = True
     await serving
+    if tracing is not None:
+        await asyncio.to_thread(tracing.close)
     for task in tasks:
         task.cancel()
     await controller.close()

@@ -107,9 +107,10 @@ def test_loopback(host: str) -> None:
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org"])
 def test_a_host_that_others_can_reach_needs_keys(host: str) -> None:
     assert not is_loopback(host)
-    with pytest.raises(ValueError, match="configure tenants with keys"):
+    with pytest.raises(ValueError, match="set keys_required, configure tenants with keys"):
         ClusterConfig(host=host)
     assert ClusterConfig(host=host, tenants=[TenantConfig(name="acme", keys=[KEY])]).host == host
+    assert ClusterConfig(host=host, keys_required=True).host == host
 
 
 @pytest.mark.parametrize(

@@ -216,19 +216,20 @@ class TestUnavailable:
         with pytest.raises(LedgerUnavailable, match="file is not a database"):
             Ledger(f"sqlite:///{tmp_path}/ledger.db")
 
-    def test_a_second_writer_came_first(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-        late = Ledger(url)
+    def test_a_second_writer_waits_for_the_first(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("cluster.ledger_tables.LOCK_WAIT_S", 0)
+        first = Ledger(url)
         honest = _Tail.write
 
-        def overtaken(tail: _Tail, connection: sa.Connection) -> None:
-            monkeypatch.undo()
-            write(url, opening("r2"))
+        def interrupted(tail: _Tail, connection: sa.Connection) -> None:
+            monkeypatch.setattr(_Tail, "write", honest)
+            with pytest.raises(LedgerUnavailable, match="database is locked"):
+                write(url, opening("r2"))
             honest(tail, connection)
 
-        monkeypatch.setattr(_Tail, "write", overtaken)
-        with pytest.raises(LedgerUnavailable, match="database is locked"):
-            late.append([opening()])
-        late.close()
+        monkeypatch.setattr(_Tail, "write", interrupted)
+        first.append([opening()])
+        first.close()
         assert verify(url).records == 1
 
     def test_a_second_writer_moved_the_end_of_the_chain(

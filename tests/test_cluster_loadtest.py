@@ -47,6 +47,30 @@ def _run(
     return code, json.loads(out.splitlines()[-1]), out
 
 
+def test_several_tenants_each_at_its_pace(capsys: pytest.CaptureFixture[str]) -> None:
+    with StubServer(_well).running() as server:
+        code, summary, out = _run(
+            capsys, server, "--requests", "4", "--warmup", "1", "--tenant", "flood=key:one:3", "--tenant", "light=two:50/s"
+        )  # fmt: skip
+    assert code == 0
+    assert sorted(server.keys) == ["Bearer key:one"] * 5 + ["Bearer two"] * 5
+    assert (summary["requests"], list(summary["tenants"])) == (8, ["flood", "light"])
+    for of_one in summary["tenants"].values():
+        assert (of_one["completed"], of_one["failed"], of_one["output_tokens"]) == (4, 0, 12)
+    assert "By tenant" in out
+    prompts = [tuple(body["prompt"]) for body in server.seen]
+    assert len(set(prompts)) == len(prompts), "no tenant sends another's prompts"
+
+
+@pytest.mark.parametrize(
+    "wrong", ["a", "a=b", "a=b:0", "a=b:x", "=b:1", "a=:1", "a=b:-1/s", "a=b:1.5", "a=b:inf/s"]
+)
+def test_a_pace_that_means_nothing(capsys: pytest.CaptureFixture[str], wrong: str) -> None:
+    with pytest.raises(SystemExit):
+        loadtest.main(["--tenant", wrong])
+    assert "is not NAME=KEY:CONCURRENCY or NAME=KEY:RATE/s" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_closed_loop_from_end_to_end(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     files = [tmp_path / "report.json", tmp_path / "plot.png"]
     with StubServer(_well).running() as server:

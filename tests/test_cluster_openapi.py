@@ -37,3 +37,13 @@ def test_any_body_gets_an_answer_or_a_named_refusal(gateway: Gateway) -> None:
         answers = fuzz(client, 80)
     assert answers.total() == 80
     assert sum(count for kind, count in answers.items() if kind.endswith("200")) > 10
+
+
+def test_headers_of_limits_and_deadlines_are_in_the_document() -> None:
+    paths = document("lightship", Limits(max_context=64, vocab_size=512))["paths"]
+    chat = paths["/v1/chat/completions"]["post"]
+    assert "x-request-timeout" in {parameter["name"] for parameter in chat["parameters"]}
+    assert {"429", "503", "504"} <= set(chat["responses"])
+    for status in ("200", "429"):
+        assert "x-ratelimit-remaining-tokens" in chat["responses"][status]["headers"]
+    assert "504" not in paths["/tokenize"]["post"]["responses"]

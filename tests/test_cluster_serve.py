@@ -94,3 +94,15 @@ def test_a_missing_tensor(capsys: pytest.CaptureFixture[str], copy: Path) -> Non
     index = copy / "model.safetensors.index.json"
     index.write_bytes(index.read_bytes().replace(name, other))
     assert "model.norm.weight" in _refused(capsys, "--model", str(copy), "--port", "0")
+
+
+def test_a_public_prefix_is_read_when_the_service_starts(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "system.txt"
+    settings = ["--set", f"public_prefixes=[{{file: {file}}}]"]
+    assert "system.txt: [Errno 2]" in _refused(capsys, *settings, "--model", str(model), "--port", "0")
+    file.write_text("Too short.")
+    assert "only whole pages of 64 are shared" in _refused(
+        capsys, *settings, "--model", str(model), "--port", "0"
+    )

@@ -39,6 +39,28 @@ def test_namespaces_share_no_hash(one: bytes, other: bytes) -> None:
     assert bool(shared) == (one == other)
 
 
+@given(st.binary(max_size=8), st.binary(max_size=8), st.integers(0, 5), TOKENS, st.integers(0, 260))
+def test_namespaces_share_the_public_pages_and_none_behind_them(
+    one: bytes, other: bytes, num_public_pages: int, tokens: list[int], seen: int
+) -> None:
+    of_one = page_hashes(one, tokens, num_public_pages=num_public_pages)
+    of_other = page_hashes(other, tokens, num_public_pages=num_public_pages)
+    assert of_one[:num_public_pages] == of_other[:num_public_pages]
+    assert bool(set(of_one[num_public_pages:]) & set(of_other[num_public_pages:])) == (
+        one == other and len(of_one) > num_public_pages
+    )
+    known = page_hashes(one, tokens[:seen], num_public_pages=num_public_pages)
+    assert page_hashes(one, tokens, known, num_public_pages) == of_one
+
+
+@given(st.binary(max_size=8), st.integers(1, 4))
+def test_a_public_page_is_found_as_such_only(namespace: bytes, num_public_pages: int) -> None:
+    """The same tokens in a request that does not count them as public have other names."""
+    tokens = list(range(256))
+    public = page_hashes(namespace, tokens, num_public_pages=num_public_pages)
+    assert not set(public) & set(page_hashes(namespace, tokens))
+
+
 @given(st.integers(0, 255))
 def test_a_token_changes_its_page_and_all_after_it(position: int) -> None:
     tokens = list(range(256))

@@ -23,7 +23,6 @@ from shipping_sides import (
 
 from kernels.dispatch import select
 from kernels.layout import PAGE_SIZE
-from workers.shipping import lane
 from workers.shipping.protocol import (
     CORRUPT,
     STALE_GENERATION,
@@ -174,8 +173,8 @@ def test_no_page_is_read_after_the_end(sides: Sides, monkeypatch: pytest.MonkeyP
         ends.put((request_id, reason))
 
     ends: queue.Queue[tuple[str, str | None]] = queue.Queue()
-    monkeypatch.setattr(lane, "select", lambda: Slow)
     child, prefill = sides.decode_process(), sides.prefill(on_done=ended, on_failed=ended)
+    monkeypatch.setattr(prefill.cache, "ops", Slow)
     prefill.pair(child)
     for page in range(4):
         prefill.send(make_ticket(str(page), 1, generation=page // 3), [page])  # the last one is stale
@@ -204,9 +203,9 @@ def test_request_that_cannot_be_packed_fails_alone(sides: Sides, monkeypatch: py
             return operators.pack_pages(pages, layers, page_ids)
 
     operators = select()
-    monkeypatch.setattr(lane, "select", lambda: Exhausted)
     config = LinkConfig(max_in_flight=1)
     child, prefill = sides.decode_process(config=config), sides.prefill(config=config)
+    monkeypatch.setattr(prefill.cache, "ops", Exhausted)
     prefill.pair(child)
     prefill.send(make_ticket("large"), list(range(8, 20)))
     assert prefill.end() == ("large", "decode worker d: cannot pack pages: out of memory")

@@ -51,7 +51,7 @@ class DecodeWorker(Worker):
         landing.on_commit = lambda commit: self.post(lambda: self._commit(commit))
         landing.on_abandon = lambda request_id: self.post(lambda: self._abandoned(request_id))
 
-    def submit(self, message: Submit, owner: Hashable) -> None:
+    def _accept(self, message: Submit, owner: Hashable) -> None:
         assert isinstance(message, Reserve)
         request = Request(
             id=message.request_id,
@@ -59,6 +59,7 @@ class DecodeWorker(Worker):
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             namespace=message.namespace,
+            num_public_pages=message.num_public_pages,
             # The first row computed here is that of the token which the prefill worker samples.
             page_counts=PageCounts(len(message.tokens)) if message.selected_pages else None,
         )
@@ -95,6 +96,14 @@ class DecodeWorker(Worker):
             peers=self._landing.peers(),
             counters=self._landing.counters(),
         )
+
+    def _begin_draining(self) -> None:
+        """Those that wait for pages need not wait here."""
+        super()._begin_draining()
+        while self._waiting:
+            job = self._waiting.popleft()
+            del self.jobs[job.request.id]
+            self._fail(job, "the worker is draining", retry=True)
 
     def _reserve_waiting(self) -> None:
         """Gives out tickets in order of arrival, as far as the pages go."""

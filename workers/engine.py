@@ -168,6 +168,7 @@ class Engine:
         return Load(
             waiting=self._scheduler.num_waiting + extra_waiting,
             running=self._scheduler.num_running,
+            max_running=self.config.max_running,
             queued_tokens=self._scheduler.num_queued_tokens,
             free_pages=self.pools.free,
             cached_pages=self.pools.cached,

@@ -8,7 +8,7 @@ import msgspec
 
 from workers.request import SamplingParams, TokenLogprobs
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 HEARTBEAT_S = 0.2
 
 
@@ -35,6 +35,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     num_prompt_tokens: int
     sampling: SamplingParams
     namespace: bytes
+    num_public_pages: int = 0  # leading ones that every namespace shares
 
 
 class Reserve(Submit, frozen=True, tag="reserve", kw_only=True):
@@ -106,12 +107,14 @@ class Load(msgspec.Struct, frozen=True, kw_only=True):
 
     waiting: int = 0
     running: int = 0
+    max_running: int = 0  # at once
     queued_tokens: int = 0  # prompt tokens still to be computed
     free_pages: int = 0
     cached_pages: int = 0
     held_pages: int = 0
     seconds_per_token: float = 0.0  # prefill: moving average
     step_seconds: float = 0.0  # decode: moving average; 0 when idle
+    draining: bool = False  # takes no more requests, ends those it has, and goes
     peers: list[tuple[str, int]] = []  # (worker, epoch) of the counterparts it is paired with
     counters: dict[str, float] = {}  # names in cluster.metrics: shipped_bytes, refused_pages, ...
 

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from kernels.dispatch import Ops, select
 from kernels.layout import PAGE_SIZE, CacheLayout
 
 
@@ -12,12 +13,20 @@ class PagedCache:
 
     latent: uint8 [L, P, 64, latent_row_bytes]
     index:  uint8 [L, P, index_page_bytes]
+    ops:    packs its pages for shipping; the reference does it anywhere, but slowly on a GPU
     """
 
     def __init__(
-        self, layout: CacheLayout, *, num_layers: int, num_pages: int, device: str | torch.device
+        self,
+        layout: CacheLayout,
+        *,
+        num_layers: int,
+        num_pages: int,
+        device: str | torch.device,
+        ops: Ops | None = None,
     ) -> None:
         self.layout = layout
+        self.ops = ops or select()
         # Zeros: a kernel may read, and mask, rows of a page that were never written; they must not decode to NaN.
         self.latent = torch.zeros(
             num_layers, num_pages, PAGE_SIZE, layout.latent_row_bytes, dtype=torch.uint8, device=device

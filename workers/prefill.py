@@ -56,7 +56,7 @@ class PrefillWorker(Worker):
             lambda request_id, reason: self.post(lambda: self._shipping_over(request_id, reason)),
         )
 
-    def submit(self, message: Submit, owner: Hashable) -> None:
+    def _accept(self, message: Submit, owner: Hashable) -> None:
         assert isinstance(message, Prefill)
         request = Request(
             id=message.request_id,
@@ -64,6 +64,7 @@ class PrefillWorker(Worker):
             num_prompt_tokens=message.num_prompt_tokens,
             sampling=message.sampling,
             namespace=message.namespace,
+            num_public_pages=message.num_public_pages,
             hold_pages=True,
             one_token=True,
         )

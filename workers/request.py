@@ -66,6 +66,7 @@ class Request:
     num_prompt_tokens: int
     sampling: SamplingParams
     namespace: bytes  # seeds the page hashes: requests share pages only inside one namespace
+    num_public_pages: int = 0  # leading ones that all namespaces share
     hold_pages: bool = False  # prefill role: pages stay held after the end until Engine.release
     one_token: bool = False  # prefill role: finish (reason "prefilled") after one sampled token
     page_counts: Any = (

@@ -236,7 +236,12 @@ class Scheduler:
                 f"request {request.id}: hold_pages needs one_token: held pages cannot be preempted"
             )
         self.check_fits(request)
-        request.hashes = page_hashes(request.namespace, request.tokens, request.hashes)
+        self._hash(request)
+
+    def _hash(self, request: Request) -> None:
+        request.hashes = page_hashes(
+            request.namespace, request.tokens, request.hashes, request.num_public_pages
+        )
 
     def _register(self, request: Request) -> None:
         request.arrival = self._num_arrivals
@@ -324,7 +329,7 @@ class Scheduler:
         first, end = request.num_computed_tokens // PAGE_SIZE, num_computed_tokens // PAGE_SIZE
         request.num_computed_tokens = num_computed_tokens
         if end > len(request.hashes):
-            request.hashes = page_hashes(request.namespace, request.tokens, request.hashes)
+            self._hash(request)
         for index in range(first, end):
             self._pool(request).publish(request.pages[index], request.hashes[index])
 

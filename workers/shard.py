@@ -51,7 +51,11 @@ def load_shard(model: Path, config: EngineConfig, group: Group = ALONE, *, ops: 
     num_pages = _fewest(_num_pages(loaded, config), group, config.device)
     spare = int(on_gpu or group.size > 1)
     cache = PagedCache(
-        loaded.layout, num_layers=num_layers, num_pages=num_pages + spare, device=config.device
+        loaded.layout,
+        num_layers=num_layers,
+        num_pages=num_pages + spare,
+        device=config.device,
+        ops=loaded.ops,
     )
     context = max_context(loaded.config, config, num_pages)
     if on_gpu:

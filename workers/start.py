@@ -1,5 +1,6 @@
 """Puts a worker together: model, caches, engine, links, server. One function, the same for every process that runs one."""
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from workers.cpu_threads import use_threads
 from workers.decode import DecodeWorker
 from workers.engine import Engine, Runs
 from workers.grammar import Grammars, load_compiler
+from workers.messages import HEARTBEAT_S
 from workers.paged_cache import PagedCache
 from workers.prefill import PrefillWorker
 from workers.ranks.landings import Landings
@@ -27,6 +29,7 @@ from workers.shipping.receiver import Landing
 from workers.worker import Worker
 
 Role = Literal["prefill", "decode"]
+FAREWELL_S = 5 * HEARTBEAT_S
 
 
 @dataclass
@@ -47,13 +50,24 @@ class RunningWorker:
         if isinstance(self.links, Shippers):
             self.links.set_peers(peers)
 
+    def drain(self, timeout: float) -> bool:
+        """Takes no more requests, and returns once those that it has have ended and gateways have had the time to hear of
+        it; False where `timeout` seconds were too few. What then still runs, `stop` hands over."""
+        drained = self.worker.drain(timeout)
+        if drained:
+            time.sleep(FAREWELL_S)
+        return drained
+
     def stop(self) -> None:
-        """Ends every thread and connection of the worker. Safe to call twice."""
+        """Ends every thread and connection of the worker. Safe to call twice.
+
+        The engine ends first: a gateway that is cut off must not look like one that went, whose requests are settled.
+        """
         if self.stopped:
             return
         self.stopped = True
-        self.server.stop()
         self.worker.stop()
+        self.server.stop()
         self.links.close()
         self.worker.engine.close()
 

@@ -13,6 +13,8 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import msgspec
+
 from workers.cpu_threads import use_threads
 from workers.engine import Engine, StepOutput
 from workers.grammar import GrammarError
@@ -47,12 +49,15 @@ class Worker:
         self.jobs: dict[str, Job] = {}
         self.on_orphan: Callable[[str, int], None] = lambda request_id, num_output_tokens: None
         self.alive_at = time.monotonic()
+        self.busy_seconds = 0.0  # in steps, since the start
         self.latest_load = Load()  # as of the last step; safe to read from any thread
         self.error: BaseException | None = None
         self._emit = emit
         self._updates: list[tuple[Hashable, Update]] = []
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
+        self._draining = False
+        self._drained = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"engine-{worker_id}", daemon=True)
 
     def start(self) -> None:
@@ -64,6 +69,11 @@ class Worker:
         self.post(lambda: None)
         if self._thread.is_alive():
             self._thread.join()
+
+    def drain(self, timeout: float) -> bool:
+        """Takes no more requests and waits until those that it has have ended; False where `timeout` seconds were too few."""
+        self.post(self._begin_draining)
+        return self._drained.wait(timeout) and self.error is None
 
     def post(self, command: Callable[[], None]) -> None:
         """Runs `command` on the engine thread before the next step."""
@@ -78,7 +88,10 @@ class Worker:
     # From here on everything runs on the engine thread.
 
     def submit(self, message: Submit, owner: Hashable) -> None:
-        raise NotImplementedError
+        if self._draining:  # sent before the gateway heard of it
+            self._updates.append((owner, Failed(message.request_id, "the worker is draining", retry=True)))
+        else:
+            self._accept(message, owner)
 
     def abort(self, request_id: str) -> None:
         """Ends a request without a word to its gateway, in whatever state it is. Unknown ids are fine."""
@@ -93,6 +106,12 @@ class Worker:
 
     def load(self) -> Load:
         raise NotImplementedError
+
+    def _accept(self, message: Submit, owner: Hashable) -> None:
+        raise NotImplementedError
+
+    def _begin_draining(self) -> None:
+        self._draining = True
 
     def _after_step(self, output: StepOutput) -> None:
         raise NotImplementedError
@@ -127,6 +146,7 @@ class Worker:
                 self.engine.check()
                 if self.engine.has_work():
                     output = self.engine.step()
+                    self.busy_seconds += output.seconds
                     self._after_step(output)
                     for request, reason in output.failed:
                         self._end_for_grammar(self.jobs[request.id], reason)
@@ -136,6 +156,7 @@ class Worker:
             BaseException
         ) as error:  # the outermost loop: the health check reports it and Serve replaces the worker
             self.error = error
+            self._drained.set()
             log.exception("worker %s: engine thread died", self.id)
 
     def _drain(self) -> None:
@@ -148,7 +169,9 @@ class Worker:
             return
 
     def _flush(self) -> None:
-        self.latest_load = self.load()
+        self.latest_load = msgspec.structs.replace(self.load(), draining=self._draining)
         if self._updates:
             updates, self._updates = self._updates, []
             self._emit(updates)
+        if self._draining and not self.jobs:
+            self._drained.set()

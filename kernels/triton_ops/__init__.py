@@ -25,11 +25,9 @@ from kernels.triton_ops.quant import dequantize_blocks, dequantize_weight, quant
 from kernels.triton_ops.topk import top_k
 
 __all__ = [
-    "checksums",
-    "pack_pages",
-    "unpack_pages",
     "add_rms_norm",
     "add_rms_norm_quantized",
+    "checksums",
     "choose_experts",
     "dense_mla",
     "dequantize_blocks",
@@ -39,6 +37,7 @@ __all__ = [
     "head_linear",
     "index_scores",
     "linear",
+    "pack_pages",
     "prepare_experts",
     "prepare_fp8_weight",
     "quantize_blocks",
@@ -54,6 +53,7 @@ __all__ = [
     "swiglu",
     "swiglu_quantized",
     "top_k",
+    "unpack_pages",
     "write_index_keys",
     "write_latents",
 ]

@@ -11,6 +11,7 @@ import queue
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,6 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from kernels.dispatch import select
 from workers.cpu_threads import use_threads
 from workers.messages import Ticket
 from workers.paged_cache import PagedCache
@@ -77,6 +77,24 @@ class Destination:
     epoch: int
 
 
+@dataclass(frozen=True)
+class _Packed:
+    """A part on its way into one buffer. `through`: when a GPU is done with that; None: it is done."""
+
+    shipment_id: int
+    part: Part
+    payload: torch.Tensor
+    checksums: torch.Tensor  # on the host
+    through: torch.cuda.Event | None
+
+    def done(self) -> bool:
+        return self.through is None or self.through.query()
+
+    def wait(self) -> None:
+        if self.through is not None:
+            self.through.synchronize()
+
+
 class Lane:
     """`post` runs a command on the lane thread; `add`, `commit` and `abandon` are the commands there are."""
 
@@ -84,9 +102,9 @@ class Lane:
         self.destination = destination
         self.paired = False
         self._origin = origin
-        self._pack = select().pack_pages
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox = Outbox(origin.config.max_in_flight)
+        self._packed: deque[_Packed] = deque()
         self._in_flight: dict[int, dist.Work] = {}  # holds the payloads until they are answered
         self._busy_since = 0.0
         self._link: Link | None = None
@@ -169,37 +187,51 @@ class Lane:
         try:
             if (commit := self._outbox.next_commit()) is not None:
                 self._say(link, commit)
-            elif (numbered := self._outbox.next_part()) is not None:
-                self._ship(link, pair, *numbered)
             else:
-                return False
+                self._pack_ahead(pair)
+                if not self._packed:
+                    return False
+                self._ship(link, pair, self._packed.popleft())
         except (OSError, RuntimeError) as error:
             link.close(str(error))  # wakes the pairing thread, which pairs again
             self._lost(str(error))
         return True
 
-    def _ship(self, link: Link, pair: Pair, shipment_id: int, part: Part) -> None:
-        if not self._in_flight:
-            self._busy_since = time.monotonic()
-        cache = self._origin.cache
-        pages = cache.latent if part.kind == "latent" else cache.index
-        with torch.cuda.stream(pair.stream):
+    def _pack_ahead(self, pair: Pair) -> None:
+        """Has a GPU pack the next parts while the oldest one, whose checksums go into its header, is not through yet."""
+        while not self._packed or not self._packed[0].done():
+            numbered = self._outbox.next_part()
+            if numbered is None:
+                return
+            shipment_id, part = numbered
+            cache = self._origin.cache
+            pages = cache.latent if part.kind == "latent" else cache.index
             try:
-                packed, checksums = self._pack(pages, part.layers, part.page_ids)
-                payload = packed.to(pair.payload_device)
+                with torch.cuda.stream(pair.stream):
+                    buffer, checksums = cache.ops.pack_pages(pages, part.layers, part.page_ids)
+                    payload = buffer.to(pair.payload_device)
+                    sums = checksums.to("cpu", non_blocking=True)
+                    through = pair.stream.record_event() if pair.stream is not None else None
             except RuntimeError as error:  # no memory left for one more copy, say
                 self._turned_down(shipment_id, f"cannot pack pages: {error}")
-                return
-            header = part.header(
-                shipment_id,
-                prefill_epoch=self._origin.epoch,
-                checksums=checksums.tolist(),
-                nbytes=payload.numel(),
-            )
+            else:
+                self._packed.append(_Packed(shipment_id, part, payload, sums, through))
+
+    def _ship(self, link: Link, pair: Pair, packed: "_Packed") -> None:
+        if not self._in_flight:
+            self._busy_since = time.monotonic()
+        packed.wait()
+        part, payload = packed.part, packed.payload
+        header = part.header(
+            packed.shipment_id,
+            prefill_epoch=self._origin.epoch,
+            checksums=packed.checksums.tolist(),
+            nbytes=payload.numel(),
+        )
         if self._origin.corrupt is not None:
             self._origin.corrupt(header, payload)
         self._say(link, header)
-        self._in_flight[shipment_id] = pair.send(payload, shipment_id)
+        self._in_flight[packed.shipment_id] = pair.send(payload, packed.shipment_id)
         self._origin.counters.add(shipments=1, shipped_bytes=header.nbytes, resent_shipments=int(part.resent))
 
     def _say(self, link: Link, message: Message) -> None:
@@ -252,6 +284,7 @@ class Lane:
         self._link, self._pair, self.paired = None, None, False
         self._origin.counters.add(pairs_lost=1)
         self._in_flight.clear()
+        self._packed.clear()
         outbox, self._outbox = self._outbox, Outbox(self._origin.config.max_in_flight)
         for request_id in outbox.requests:
             self._fail(request_id, f"the link was lost: {why}")

@@ -16,9 +16,7 @@ from kernels.layout import CacheLayout
 
 VERSION = 2
 MAX_MESSAGE_BYTES = 2**20  # a header of the largest shipment takes some 20 kB
-MAX_SHIPMENT_BYTES = (
-    16 * 2**20
-)  # of payload; larger messages gain nothing, and more of them can be caught in mid-way
+MAX_SHIPMENT_BYTES = 64 * 2**20  # of payload
 _LENGTH = struct.Struct(">I")
 
 Kind = Literal["latent", "index"]
@@ -39,7 +37,8 @@ class LinkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     pair_timeout_s: float = 10.0  # to make the process group
     retry_s: float = 0.1  # before the next attempt to pair; doubles up to max_retry_s
     max_retry_s: float = 2.0
-    max_shipment_bytes: int = MAX_SHIPMENT_BYTES  # of what is sent; what is received has the fixed limit
+    # Of what is sent; what is received has the fixed limit. Each costs the host 0.3 to 0.7 ms, NVLink 0.1 ms for 32 MiB.
+    max_shipment_bytes: int = 32 * 2**20
     max_in_flight: int = 4  # shipments sent and not yet answered, for each pair
 
     def __post_init__(self) -> None:

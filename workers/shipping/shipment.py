@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.dispatch import select
 from workers.paged_cache import PagedCache
 from workers.shipping.protocol import CORRUPT, STALE_EPOCH, STALE_GENERATION, Accepted, Header, Refused
 
@@ -67,8 +66,16 @@ def verify_and_write(
         payload.record_stream(torch.cuda.current_stream(payload.device))
     checksums = torch.tensor(header.checksums, dtype=torch.int64, device=pages.device)
     layers = (header.layer_start, header.layer_stop)
-    bad = select().unpack_pages(payload, checksums, pages, layers, header.page_ids)
-    if bad:
-        log.warning("request %s: %s pages arrived corrupt: %s", header.request_id, header.kind, bad)
-        return CORRUPT
-    return None
+    right = cache.ops.unpack_pages(payload, checksums, pages, layers, header.page_ids)
+    if bool(right.all()):
+        return None
+    places = (~right).view(-1, len(header.page_ids)).nonzero() + torch.tensor(
+        (layers[0], 0), device=right.device
+    )
+    log.warning(
+        "request %s: %s pages (layer, number) arrived corrupt: %s",
+        header.request_id,
+        header.kind,
+        places.tolist(),
+    )
+    return CORRUPT

@@ -1,0 +1,131 @@
+"""Workers that are told to go, and such that come later: no request fails and no token is lost or doubled."""
+
+import asyncio
+import random
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from in_process_cluster import Cluster, alone, collect
+
+from cluster.fleet import Fleet
+from cluster.flight import Flight, Pilot
+from workers.page_hash import page_hashes
+from workers.request import SamplingParams
+from workers.start import RunningWorker
+from workers.tiny import write_tiny
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    write_tiny(folder)
+    return folder
+
+
+@pytest.fixture
+def cluster(model: Path) -> Iterator[Cluster]:
+    running = Cluster(model)
+    yield running
+    running.stop()
+
+
+def _flight(number: int, num_tokens: int, *, max_tokens: int = 16) -> Flight:
+    generator = random.Random(number)
+    prompt = [generator.randrange(10, 260) for _ in range(num_tokens)]
+    return Flight(
+        id=f"flight-{number}",
+        prompt=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=number, ignore_eos=True),
+        namespace=b"test",
+        page_hashes=page_hashes(b"test", prompt),
+    )
+
+
+class _Departure:
+    """One worker that goes as its Serve replica would: it drains, then it stops."""
+
+    def __init__(self, running: RunningWorker, drain_s: float) -> None:
+        self.drained: bool | None = None
+        self._running = running
+        self._drain_s = drain_s
+        self._thread = threading.Thread(target=self._go)
+
+    def begin(self) -> None:
+        self._thread.start()
+
+    def wait(self) -> None:
+        self._thread.join()
+
+    def _go(self) -> None:
+        self.drained = self._running.drain(self._drain_s)
+        self._running.stop()
+
+
+async def _until_known(fleet: Fleet, worker: str) -> None:
+    """Until the gateway has heard that a worker drains, or has lost it: one without time may go before it could say so."""
+    connection = fleet.connections[worker]
+    while connection.alive and not connection.load.draining:
+        await asyncio.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path) -> list[list[int]]:
+    return alone(model, [*_early(), *_late()])
+
+
+def _early() -> list[Flight]:
+    return [_flight(seed, 90 + 30 * seed) for seed in range(5)]
+
+
+def _late() -> list[Flight]:
+    return [_flight(seed, 70) for seed in (20, 21)]
+
+
+@pytest.mark.parametrize(
+    ("role", "drain_s"),
+    [("decode", 60.0), ("decode", 0.0), ("prefill", 60.0)],
+    ids=["decode", "decode, handed over", "prefill"],
+)
+def test_a_worker_goes_under_load(
+    cluster: Cluster, undisturbed: list[list[int]], role: str, drain_s: float
+) -> None:
+    flights, late = _early(), _late()
+    leaving = (cluster.decodes if role == "decode" else cluster.prefills)[0]
+    departure = _Departure(leaving, drain_s)
+    orphans: list[str] = []
+    for running in cluster.all:
+        running.worker.on_orphan = lambda attempt, _: orphans.append(attempt)
+
+    async def work(pilot: Pilot, fleet: Fleet) -> None:
+        async def fly(flight: Flight) -> None:
+            async for _ in pilot.fly(flight):
+                if flight.attempts[-1].route.decode == leaving.worker.id and len(flight.emitted) > 2:
+                    begin.set()
+                if role == "prefill":
+                    begin.set()
+
+        async def leave() -> None:
+            await begin.wait()
+            departure.begin()
+            await _until_known(fleet, leaving.worker.id)
+            assert all(leaving.worker.id not in (p[0], d[0]) for p, d in fleet.linked_pairs())
+            assert fleet.state().ready or not drain_s
+            await asyncio.gather(*(collect(pilot.fly(flight)) for flight in late))
+
+        begin = asyncio.Event()
+        await asyncio.gather(leave(), *(fly(flight) for flight in flights))
+        await asyncio.to_thread(departure.wait)
+
+    cluster.run(work)
+    assert departure.drained == (drain_s > 0)
+    assert not any(flight.restarts for flight in late)
+    for flight in late:
+        route = flight.attempts[0].route
+        assert leaving.worker.id not in (route.prefill, route.decode)
+    reasons = {attempt.failure for flight in flights for attempt in flight.attempts if attempt.failure}
+    if not drain_s:
+        assert f"worker {leaving.worker.id} was lost" in reasons
+    assert not orphans  # a request that goes on elsewhere must not be settled
+    assert [flight.emitted for flight in flights + late] == undisturbed
