@@ -23,7 +23,7 @@ CONFIG = EngineConfig(max_batched_tokens=192, cache_bytes=12 * 2**20, max_contex
 T = TypeVar("T")
 
 
-def _start(role: str, model: Path, number: int, config: EngineConfig = CONFIG) -> RunningWorker:
+def start(role: str, model: Path, number: int, config: EngineConfig = CONFIG) -> RunningWorker:
     return start_worker(
         role=role,  # type: ignore[arg-type]
         model=model,
@@ -35,7 +35,7 @@ def _start(role: str, model: Path, number: int, config: EngineConfig = CONFIG) -
     )
 
 
-def _info(running: RunningWorker) -> WorkerInfo:
+def info_of(running: RunningWorker) -> WorkerInfo:
     worker = running.worker
     return WorkerInfo(
         worker=worker.id,
@@ -63,8 +63,8 @@ class Cluster:
     ) -> None:
         """ranks: instead of `each`, how many ranks the workers of a role have."""
         configs = [msgspec.structs.replace(config, ranks=count) for count in ranks] or [config] * each
-        self.prefills = [_start("prefill", model, n, config) for n, config in enumerate(configs)]
-        self.decodes = [_start("decode", model, n, config) for n, config in enumerate(configs)]
+        self.prefills = [start("prefill", model, n, config) for n, config in enumerate(configs)]
+        self.decodes = [start("decode", model, n, config) for n, config in enumerate(configs)]
         self.directory = PrefixDirectory()
         peers = {
             d.worker.id: Peer(d.ship_host, d.ship_port, d.worker.epoch, d.rank_ports) for d in self.decodes
@@ -81,7 +81,7 @@ class Cluster:
 
         async def body() -> T:
             fleet = Fleet(gateway="gateway-0", secret=SECRET, timeout_s=3)
-            fleet.set_members([_info(running) for running in self.all])
+            fleet.set_members([info_of(running) for running in self.all])
             pairs = len(self.prefills) * len(self.decodes)
             async with asyncio.timeout(20):
                 while len(fleet.linked_pairs()) < pairs:

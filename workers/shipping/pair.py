@@ -20,7 +20,7 @@ _GlooOptions: Any = dist.ProcessGroupGloo._Options  # type: ignore[attr-defined]
 
 PREFILL_RANK, DECODE_RANK = 0, 1
 # Of pages in one message. Larger Gloo messages gain nothing, and more can be caught in mid-way; NVLink wants large ones.
-LARGEST_MESSAGE: dict[Backend, int] = {"nccl": MAX_SHIPMENT_BYTES, "gloo": 16 * 2**20}
+LARGEST_MESSAGE: dict[Backend, int] = {"nccl": MAX_SHIPMENT_BYTES, "gloo": 4 * 2**20}
 _POLL_S = 5e-5
 _FIRST_TAG = 0  # of the byte that proves the pair; shipment ids start at 1
 

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.layout import CHECKSUM_BYTES
 from workers.paged_cache import PagedCache
 from workers.shipping.protocol import STALE_EPOCH, STALE_GENERATION, Accepted, Header, Refused
 
@@ -80,25 +79,30 @@ def write(shipment: Shipment, cache: PagedCache) -> None:
     """
     header, payload = shipment.header, shipment.payload
     pages = cache.latent if header.kind == "latent" else cache.index
-    wrong = cache.ops.unpack_pages(payload, pages, (header.layer_start, header.layer_stop), header.page_ids)
+    with torch.cuda.device_of(pages):
+        wrong = cache.ops.unpack_pages(
+            payload, pages, (header.layer_start, header.layer_stop), header.page_ids
+        )
+        shipment.judge(shipment, _verdict(wrong, payload))
+
+
+def _verdict(wrong: torch.Tensor, payload: torch.Tensor) -> Verdict:
     if not wrong.is_cuda:
-        shipment.judge(shipment, Verdict(wrong, None))
-        return
-    stream = torch.cuda.current_stream(payload.device)
+        return Verdict(wrong, None)
+    stream = torch.cuda.current_stream()
     payload.record_stream(stream)  # it was allocated on the link's
     on_host = torch.empty(wrong.shape, dtype=wrong.dtype, pin_memory=True).copy_(wrong, non_blocking=True)
     known = torch.cuda.Event(blocking=True)
     known.record(stream)
-    shipment.judge(shipment, Verdict(on_host, known))
+    return Verdict(on_host, known)
 
 
 def warm(cache: PagedCache) -> None:
     """Loads the kernels of shipping: loaded for the first time while a receive is pending, they could block behind it."""
     if not cache.latent.is_cuda:
         return
-    for pages in (cache.latent, cache.index):
-        page = torch.zeros_like(pages[:1, :1])
-        payload = cache.ops.pack_pages(page, (0, 1), [0])
-        cache.ops.unpack_pages(payload, page, (0, 1), [0])
-        assert payload.numel() == page.numel() + CHECKSUM_BYTES
-    torch.cuda.synchronize(cache.latent.device)
+    with torch.cuda.device_of(cache.latent):
+        for pages in (cache.latent, cache.index):
+            page = torch.zeros_like(pages[:1, :1])
+            payload = cache.ops.pack_pages(page, (0, 1), [0])
+            _verdict(cache.ops.unpack_pages(payload, page, (0, 1), [0]), payload).wait()
