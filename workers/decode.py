@@ -3,8 +3,9 @@
 Life of a request here:
   1. Reserve arrives: pages for the whole prompt are taken as soon as there are enough, and a landing ticket goes back. It
      names the leading pages this worker already holds.
-  2. Shipments arrive from the prefill worker. Epoch and generation must be right before a byte touches a page, and
-     checksums before it counts, which the link learns while the engine goes on; a page whose every layer has landed is published as prefix cache, even if the request fails later.
+  2. Shipments arrive from the prefill worker. Epochs and generations are checked before anything is written, checksums as
+     pages are written; the link learns how that went while the engine goes on. A page whose every layer has landed is
+     published as prefix cache, even if the request fails later.
   3. The commit arrives with the first token: the request joins the running batch.
   4. Tokens go to the gateway, one update a step, until the request ends; its pages stay as prefix cache.
 """
