@@ -7,13 +7,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check -c .ci/constraints.txt
 
-.PHONY: serve test check load chat clean
+.PHONY: serve test test-slow check load chat clean
 
 serve: $(VENV)/.serve  ## serve a model on 127.0.0.1:$(PORT); MODEL=/path for a real checkpoint
 	@exec $(BIN)/python -m cluster.serve --port $(PORT) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 
 test: $(VENV)/.dev  ## the whole test suite, on the CPU
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup $(ARGS)
+	$(BIN)/python -m pytest -m 'not ray and not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m 'ray and not slow' $(ARGS) || [ $$? = 5 ]  # 5: ARGS leaves none of them
+
+test-slow: $(VENV)/.dev  ## what starts clusters of several Ray nodes: 4 minutes on free cores, and not beside anything else
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## formatting, lint, types, import contracts, file sizes
 	$(BIN)/ruff format --check .

@@ -71,14 +71,11 @@ def deploy(config: ClusterConfig, console: Console) -> None:
     from ray import serve
 
     from cluster.app import APP_NAME, build, start_controller
-    from cluster.controller import ACTOR_NAME, NAMESPACE
 
     _check_reachable(config, {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]})
-    try:  # what runs already keeps its secret, or its workers would be strangers to it
-        secret = ray.get(ray.get_actor(ACTOR_NAME, namespace=NAMESPACE).secret.remote())
-    except ValueError:
-        secret = secrets.token_hex(32)
-        start_controller(config, secret)
+    # A controller that runs already keeps its secret, or its workers would be strangers to it.
+    controller = start_controller(config, secrets.token_hex(32))
+    secret: str = ray.get(controller.secret.remote())
     serve.start(http_options={"host": config.host, "port": config.port})
     console.print(
         f"deploying {config.prefill.workers} prefill and {config.decode.workers} decode workers ..."
@@ -135,7 +132,7 @@ def _check_reachable(config: ClusterConfig, addresses: set[str]) -> None:
     """With several machines, workers have to hear each other: a loopback host would keep each to its own."""
     if is_loopback(config.host) and len(addresses) > 1:
         raise StartError(
-            f"host is {config.host}, but this Ray cluster has {len(addresses)} machines: set host to 0.0.0.0 (and tenants)"
+            f"host is {config.host}, but this Ray cluster has {len(addresses)} machines: set host to 0.0.0.0, with tenants or keys_required"
         )
 
 

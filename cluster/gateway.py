@@ -19,12 +19,12 @@ from cluster.billing import Books
 from cluster.chat_codec import ChatCodec
 from cluster.config import ClusterConfig
 from cluster.controller import ACTOR_NAME, NAMESPACE, WatchUpdate
-from cluster.errors import ApiError
-from cluster.fleet import Fleet, Pair
-from cluster.flight import Flight, Pilot
+from cluster.fleet import Fleet
+from cluster.flight import Pilot
 from cluster.metrics import Metrics
 from cluster.prefix_directory import PrefixDirectory
 from cluster.prices import PriceBook
+from cluster.proving import prove_pairs
 from cluster.router import Costs
 from cluster.schemas import Limits
 from cluster.structured import StructuredOutput
@@ -35,14 +35,11 @@ from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 from workers.paged_cache import num_pages_for
-from workers.request import SamplingParams
 
 log = logging.getLogger(__name__)
 
 WATCH_S = 10.0
 QUEUE_S = 1.0  # between two words on what waits here
-PROBE_TOKENS = PAGE_SIZE + 2  # a full page and a part of one
-PROBE_TIMEOUT_S = 60.0
 
 
 class Gateway:
@@ -84,7 +81,7 @@ class Gateway:
         """Called by Serve on the replica's own event loop once the constructor is done."""
         duties = (
             self._watch(),
-            self._prove_pairs(),
+            prove_pairs(self._fleet, self._pilot),
             self._books.settle_forever(),
             self._tenants.follow(self._controller),
             self._tell_queue(),
@@ -134,42 +131,6 @@ class Gateway:
             except ray.exceptions.RayError as error:
                 log.warning("controller unreachable: %s", error)
             await asyncio.sleep(QUEUE_S)
-
-    async def _prove_pairs(self) -> None:
-        """Sends a short request through each new pair; only then is it routable."""
-        busy: dict[Pair, asyncio.Task[None]] = {}
-        while True:
-            for pair in self._fleet.linked_pairs() - self._fleet.proven:
-                if pair not in busy or busy[pair].done():
-                    busy[pair] = asyncio.create_task(self._probe(pair))
-            self._fleet.changed.clear()
-            try:
-                async with asyncio.timeout(0.5):
-                    await self._fleet.changed.wait()
-            except TimeoutError:
-                continue
-
-    async def _probe(self, pair: Pair) -> None:
-        (prefill, _), (decode, _) = pair
-        sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
-        flight = Flight(
-            id=f"probe-{secrets.token_hex(8)}",
-            prompt=[2 + i % 7 for i in range(PROBE_TOKENS)],
-            sampling=sampling,
-            namespace=secrets.token_bytes(16),  # no earlier probe's pages: the caches are really shipped
-            page_hashes=[],
-            pair=(prefill, decode),
-        )
-        try:
-            async with asyncio.timeout(PROBE_TIMEOUT_S):
-                async for _step in self._pilot.fly(flight):
-                    pass
-        except (ApiError, TimeoutError) as error:
-            log.warning("no token through %s -> %s yet: %s", prefill, decode, error)
-            await asyncio.sleep(0.5)
-            return
-        self._fleet.proven.add(pair)
-        self._fleet.changed.set()
 
 
 def _context(model: ModelConfig, engine: EngineConfig) -> int:

@@ -201,7 +201,7 @@ def _untimed() -> Iterator[str]:
 
 def _config(best: Split, model: Path) -> Iterator[str]:
     yield "# Paste into a file for `python -m cluster.deploy --config FILE`. Set model to its folder on every machine; for more than one"
-    yield "# machine also host: 0.0.0.0 and tenants (cluster/cluster.yaml says how)."
+    yield "# machine also host: 0.0.0.0 and keys_required: true."
     yield msgspec.yaml.encode(config_of(best, model)).decode().rstrip()
 
 

@@ -91,7 +91,8 @@ class WorkerReplica:
 
     async def __del__(self) -> None:
         """Serve awaits this when the replica is to go, and goes on to answer meanwhile."""
-        await asyncio.to_thread(self._leave)
+        if hasattr(self, "_stopping"):  # else it was never whole
+            await asyncio.to_thread(self._leave)
 
     def _leave(self) -> None:
         """Ends what the worker has, as far as the time goes. Gateways take what is left to other workers."""

@@ -86,19 +86,21 @@ def prepare(arguments: argparse.Namespace, console: Console) -> ClusterConfig:
     config = load(arguments.config, overrides)
     _check_port(config.host, config.port)
     model = Path(config.model or DEMO_MODEL).resolve()
-    config = msgspec.structs.replace(config, public_prefixes=list(map(_read_prefix, config.public_prefixes)))
-    _check_model(config, model)
     config = resolve_paths(config, model)
+    _check_model(config, model)
     Ledger(config.ledger.url).close()
     return config
 
 
 def resolve_paths(config: ClusterConfig, model: Path) -> ClusterConfig:
-    """With absolute paths: actors run in folders of their own."""
+    """With absolute paths and the texts of prefixes: actors run in folders of their own. Raises StartError."""
     ledger = LedgerConfig(url=_absolute(config.ledger.url))
     access_log = config.gateway.access_log and str(Path(config.gateway.access_log).resolve())
     gateway = msgspec.structs.replace(config.gateway, access_log=access_log)
-    return msgspec.structs.replace(config, model=str(model), ledger=ledger, gateway=gateway)
+    prefixes = list(map(_read_prefix, config.public_prefixes))
+    return msgspec.structs.replace(
+        config, model=str(model), ledger=ledger, gateway=gateway, public_prefixes=prefixes
+    )
 
 
 def _read_prefix(prefix: PublicPrefixConfig) -> PublicPrefixConfig:

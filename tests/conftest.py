@@ -1,5 +1,5 @@
-"""Shared by all tests: a derandomised hypothesis profile, a seed for each test taken from its name, Triton's interpreter, and how
-tests are shared out among processes."""
+"""Shared by all tests: a derandomised hypothesis profile, a seed for each test taken from its name, and Triton's
+interpreter."""
 
 import os
 import random
@@ -29,13 +29,3 @@ def _seed(request: pytest.FixtureRequest) -> None:
     seed = zlib.crc32(request.node.nodeid.encode())
     random.seed(seed)
     torch.manual_seed(seed)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """A file's tests run in one process, because they share what it has set up. Those that start Ray come first, all in the same
-    process: one service at a time, beside everything else."""
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))

@@ -35,7 +35,7 @@ def start(role: str, model: Path, number: int, config: EngineConfig = CONFIG) ->
     )
 
 
-def info_of(running: RunningWorker) -> WorkerInfo:
+def info(running: RunningWorker) -> WorkerInfo:
     worker = running.worker
     return WorkerInfo(
         worker=worker.id,
@@ -66,6 +66,10 @@ class Cluster:
         self.prefills = [start("prefill", model, n, config) for n, config in enumerate(configs)]
         self.decodes = [start("decode", model, n, config) for n, config in enumerate(configs)]
         self.directory = PrefixDirectory()
+        self.link()
+
+    def link(self) -> None:
+        """Tells prefill workers of the decode workers there are."""
         peers = {
             d.worker.id: Peer(d.ship_host, d.ship_port, d.worker.epoch, d.rank_ports) for d in self.decodes
         }
@@ -81,7 +85,7 @@ class Cluster:
 
         async def body() -> T:
             fleet = Fleet(gateway="gateway-0", secret=SECRET, timeout_s=3)
-            fleet.set_members([info_of(running) for running in self.all])
+            fleet.set_members([info(running) for running in self.all])
             pairs = len(self.prefills) * len(self.decodes)
             async with asyncio.timeout(20):
                 while len(fleet.linked_pairs()) < pairs:

@@ -15,6 +15,7 @@ import socket
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ from cluster.ledger import verify
 from cluster.serve import DEMO_MODEL, Service, prepare
 
 NUM_PROMPTS = 12
-NUM_TOKENS = 120  # of each answer
-FEW, MANY = 2, 14  # streams at once; a decode worker has places for 8
+NUM_TOKENS = 160  # of each answer
+FEW, MANY = 3, 14  # streams at once; a decode worker has places for 8
 PHASE_S = 120.0  # at most
 
 
@@ -60,7 +61,7 @@ async def _answer(client: httpx.AsyncClient, number: int) -> str:
     return f"{text} ({usage and usage['completion_tokens']} tokens)"
 
 
-async def _ask_on(client: httpx.AsyncClient, seen: Seen, numbers: itertools.count[int]) -> None:
+async def _ask_on(client: httpx.AsyncClient, seen: Seen, numbers: Iterator[int]) -> None:
     while not seen.stop:
         number = next(numbers) % NUM_PROMPTS
         try:
@@ -102,8 +103,8 @@ async def _show(url: str) -> Seen:
     seen = Seen()
     limits = httpx.Limits(max_connections=100, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        for number in range(NUM_PROMPTS):
-            seen.expected[number] = await _answer(client, number)
+        answers = await asyncio.gather(*(_answer(client, number) for number in range(NUM_PROMPTS)))
+        seen.expected = dict(enumerate(answers))
         assert all(f"({NUM_TOKENS} tokens)" in text for text in seen.expected.values()), seen.expected
         started = time.monotonic()
         for streams, until in ((FEW, 1), (MANY, 2)):

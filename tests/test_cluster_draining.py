@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from in_process_cluster import Cluster, alone, collect
+from in_process_cluster import Cluster, alone, collect, info, start
 
 from cluster.fleet import Fleet
 from cluster.flight import Flight, Pilot
+from cluster.proving import prove_pairs
 from workers.page_hash import page_hashes
 from workers.request import SamplingParams
 from workers.start import RunningWorker
@@ -129,3 +130,47 @@ def test_a_worker_goes_under_load(
         assert f"worker {leaving.worker.id} was lost" in reasons
     assert not orphans  # a request that goes on elsewhere must not be settled
     assert [flight.emitted for flight in flights + late] == undisturbed
+
+
+def test_workers_that_come_later_pair_before_they_get_requests(model: Path) -> None:
+    cluster = Cluster(model, each=1)
+    expected = alone(model, [_flight(30, 70)])
+
+    async def work(pilot: Pilot, fleet: Fleet) -> None:
+        proving = asyncio.create_task(prove_pairs(fleet, pilot))
+
+        async def fly() -> tuple[str, str]:
+            """A request, whose pair must have been proven when it was chosen."""
+            flight = _flight(30, 70)
+            async for _ in pilot.fly(flight):
+                pass
+            assert [flight.emitted] == expected
+            route = flight.attempts[0].route
+            pairs = {(p[0], d[0]) for p, d in fleet.proven}
+            assert (route.prefill, route.decode) in pairs
+            assert not flight.restarts
+            return route.prefill, route.decode
+
+        for role, running in (("decode", cluster.decodes), ("prefill", cluster.prefills)):
+            running.append(await asyncio.to_thread(start, role, model, 1))
+            fleet.set_members([info(each) for each in cluster.all])
+            while not fleet.connections[f"{role}-1"].alive:
+                await asyncio.sleep(0.01)
+            before = fleet.routable_pairs()
+            assert (
+                f"{role}-1" not in await fly()
+            )  # nobody has told prefill workers yet: the new one is linked to none
+            assert fleet.routable_pairs() == before
+            assert not fleet.state().ready
+            cluster.link()
+            while len(fleet.routable_pairs()) < 2 * len(before):
+                await asyncio.sleep(0.01)
+            assert fleet.state().ready
+        busy = await asyncio.gather(*(fly() for _ in range(4)))
+        assert len(set(busy)) > 1  # the later ones are used
+        proving.cancel()
+
+    try:
+        cluster.run(work)
+    finally:
+        cluster.stop()

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from in_process_cluster import CONFIG, SECRET, alone, collect, info_of, start
+from in_process_cluster import CONFIG, SECRET, alone, collect, info, start
 from shipping_sides import START, processes
 
 from cluster.controller import WorkerInfo
@@ -45,7 +45,7 @@ def prefill_process(pipe: Connection, model: Path, device: str) -> None:
     """A prefill worker that is told its peers, and perhaps to stop short of a payload whose header has left."""
     torch.set_num_threads(1)
     running = start("prefill", model, 0, msgspec.structs.replace(CONFIG, device=device))
-    pipe.send(info_of(running))
+    pipe.send(info(running))
     send = Pair.send
 
     def stuck(self: Pair, payload: torch.Tensor, tag: int) -> Any:
@@ -109,7 +109,7 @@ async def story(decode: RunningWorker, victim: PrefillProcess, successor: Prefil
     async def join(prefill: PrefillProcess) -> None:
         member = await asyncio.to_thread(prefill.info)
         prefill.pipe.send(peers)
-        fleet.set_members([info_of(decode), member])
+        fleet.set_members([info(decode), member])
         key = (member.worker, member.epoch)
         await until(lambda: key in {pair[0] for pair in fleet.linked_pairs()})
         fleet.proven = fleet.linked_pairs()

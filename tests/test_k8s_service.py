@@ -113,6 +113,7 @@ def _wait_ready(url: str, timeout: float) -> dict[str, Any]:
     raise AssertionError(f"not ready after {timeout} s")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(300)
 def test_the_operators_way_leads_to_an_answer(nodes: Nodes, tmp_path: Path) -> None:
