@@ -102,6 +102,7 @@ def _problem(
         calls=calls,
         sets=len(page_ids),
         error=error,
+        replayed=False,  # page ids come from the host
     )
 
 
