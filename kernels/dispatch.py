@@ -233,15 +233,10 @@ class Ops(Protocol):
 
     def pack_pages(
         self, pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+    ) -> torch.Tensor: ...
 
     def unpack_pages(
-        self,
-        buffer: torch.Tensor,
-        expected: torch.Tensor,
-        pages: torch.Tensor,
-        layers: tuple[int, int],
-        page_ids: list[int],
+        self, payload: torch.Tensor, pages: torch.Tensor, layers: tuple[int, int], page_ids: list[int]
     ) -> torch.Tensor: ...
 
 

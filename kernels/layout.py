@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 PAGE_SIZE = 64  # tokens in a page; also the unit of prefix hashing and of cache-hit billing
 QUANT_BLOCK = 128  # channels that share one scale
+CHECKSUM_BYTES = 8  # of one page of one layer of one cache, when it travels
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kernels.dispatch import select
 from kernels.layout import PAGE_SIZE, CacheLayout
 from workers.messages import Ticket
 from workers.paged_cache import PagedCache
@@ -19,7 +20,7 @@ from workers.shipping.protocol import (
     Header,
     LinkConfig,
 )
-from workers.shipping.receiver import Landing, Shipment, verify_and_write
+from workers.shipping.receiver import Landing, Shipment, staleness, write
 from workers.shipping.sender import Shipper
 
 HANG = 10.0  # seconds; reached only if something hangs
@@ -33,19 +34,22 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "workers.shipping.sender", "workers.shipping.receiver"])
 
 
-def make_cache(num_pages: int = NUM_PAGES, *, filled: bool = False) -> PagedCache:
-    cache = PagedCache(LAYOUT, num_layers=NUM_LAYERS, num_pages=num_pages, device="cpu")
+def make_cache(num_pages: int = NUM_PAGES, *, filled: int = 0, device: str = "cpu") -> PagedCache:
+    """filled: a seed; 0 for zeros. The same seed gives the same bytes on every device."""
+    ops = select("triton" if device.startswith("cuda") else "reference")
+    cache = PagedCache(LAYOUT, num_layers=NUM_LAYERS, num_pages=num_pages, device=device, ops=ops)
     if filled:
-        cache.latent.random_(generator=torch.Generator().manual_seed(1))
-        cache.index.random_(generator=torch.Generator().manual_seed(2))
+        generator = torch.Generator().manual_seed(filled)
+        for pages in (cache.latent, cache.index):
+            pages.copy_(torch.randint(0, 256, pages.shape, dtype=torch.uint8, generator=generator))
     return cache
 
 
 class DecodeSide:
     """What a decode role does with a landing, and what tests make it do wrong."""
 
-    def __init__(self, epoch: int, config: LinkConfig) -> None:
-        self.cache = make_cache()
+    def __init__(self, epoch: int, config: LinkConfig, device: str = "cpu", worker_id: str = "d") -> None:
+        self.cache = make_cache(device=device)
         self.events: list[Any] = []
         self.headers: list[Header] = []
         self.held: list[Shipment] = []
@@ -53,7 +57,7 @@ class DecodeSide:
         self.behaviour = "accept"
         self.epoch = epoch
         self.landing = Landing(
-            worker_id="d", epoch=epoch, host="127.0.0.1", secret=SECRET, cache=self.cache, config=config
+            worker_id=worker_id, epoch=epoch, host="127.0.0.1", secret=SECRET, cache=self.cache, config=config
         )
         self.landing.on_shipment = self.land
         self.landing.on_commit = self.events.append
@@ -68,11 +72,9 @@ class DecodeSide:
         if self.behaviour == "hold":
             self.held.append(shipment)
             return
-        reason = verify_and_write(
-            shipment, self.cache, generation_of=lambda page: self.generation, epoch=self.epoch
-        )
+        reason = staleness(shipment, generation_of=lambda page: self.generation, epoch=self.epoch)
         if reason is None:
-            shipment.accept()
+            write(shipment, self.cache)
         else:
             shipment.refuse(reason)
 
@@ -88,7 +90,7 @@ class DecodeSide:
         return getattr(self, name)
 
     def pages(self) -> tuple[bytes, bytes]:
-        return self.cache.latent.numpy().tobytes(), self.cache.index.numpy().tobytes()
+        return page_bytes(self.cache.latent), page_bytes(self.cache.index)
 
     def port(self) -> int:
         return self.landing.port
@@ -97,9 +99,13 @@ class DecodeSide:
         return self.landing.counters()
 
 
-def decode_process(pipe: Connection, epoch: int, config: LinkConfig) -> None:
+def page_bytes(pages: torch.Tensor) -> bytes:
+    return pages.cpu().numpy().tobytes()
+
+
+def decode_process(pipe: Connection, *options: Any) -> None:
     torch.set_num_threads(1)
-    side = DecodeSide(epoch, config)
+    side = DecodeSide(*options)
     while (call := pipe.recv()) is not None:
         pipe.send(getattr(side, call[0])(*call[1:]))
     side.landing.close()
@@ -108,10 +114,14 @@ def decode_process(pipe: Connection, epoch: int, config: LinkConfig) -> None:
 class Child:
     """A decode worker in a process of its own; calls are those of DecodeSide."""
 
-    def __init__(self, epoch: int = 1, config: LinkConfig = CONFIG) -> None:
+    def __init__(
+        self, epoch: int = 1, config: LinkConfig = CONFIG, device: str = "cpu", worker_id: str = "d"
+    ) -> None:
         self.epoch = epoch
         self._pipe, theirs = processes.Pipe()
-        self.process = processes.Process(target=decode_process, args=(theirs, epoch, config), daemon=True)
+        self.process = processes.Process(
+            target=decode_process, args=(theirs, epoch, config, device, worker_id), daemon=True
+        )
         self.process.start()
         theirs.close()
         self.port = self.call("port", within=START)
@@ -137,10 +147,10 @@ class Child:
 
 
 class Prefill:
-    """The prefill worker of the test's own process."""
+    """The prefill worker of the test's own process. `seed` is that of its pages' bytes."""
 
-    def __init__(self, **options: Any) -> None:
-        self.cache = make_cache(filled=True)
+    def __init__(self, *, device: str = "cpu", seed: int = 1, **options: Any) -> None:
+        self.cache = make_cache(filled=seed, device=device)
         self.ends: queue.Queue[tuple[str, str | None]] = queue.Queue()
         self.shipper = Shipper(
             **{
@@ -168,10 +178,18 @@ class Prefill:
 
 
 def make_ticket(
-    request_id: str = "r", num_pages: int = 12, *, epoch: int = 1, generation: int = 0, resident: int = 0
+    request_id: str = "r",
+    num_pages: int = 12,
+    *,
+    epoch: int = 1,
+    generation: int = 0,
+    resident: int = 0,
+    decode: str = "d",
+    above: int = 0,
 ) -> Ticket:
-    pages = [NUM_PAGES - 1 - index for index in range(num_pages)]
-    return Ticket("d", epoch, request_id, pages, [generation] * num_pages, resident * PAGE_SIZE)
+    """For the last pages of the cache of `decode`, but for the `above` last ones."""
+    pages = [NUM_PAGES - 1 - above - index for index in range(num_pages)]
+    return Ticket(decode, epoch, request_id, pages, [generation] * num_pages, resident * PAGE_SIZE)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -185,10 +203,10 @@ def assert_landed(
     child: Child, cache: PagedCache, ticket: Ticket, sources: list[int], first: int = 0
 ) -> None:
     """Exactly the pages of the ticket from `first` on hold the sources' bytes; every other page is untouched."""
-    latent, index = torch.zeros_like(cache.latent), torch.zeros_like(cache.index)
-    latent[:, ticket.pages[first:]] = cache.latent[:, sources]
-    index[:, ticket.pages[first:]] = cache.index[:, sources]
-    assert child.call("pages") == (latent.numpy().tobytes(), index.numpy().tobytes())
+    latent, index = torch.zeros_like(cache.latent, device="cpu"), torch.zeros_like(cache.index, device="cpu")
+    latent[:, ticket.pages[first:]] = cache.latent[:, sources].cpu()
+    index[:, ticket.pages[first:]] = cache.index[:, sources].cpu()
+    assert child.call("pages") == (page_bytes(latent), page_bytes(index))
 
 
 class Sides:
@@ -208,8 +226,8 @@ class Sides:
         self._ending.callback(child.stop)
         return child
 
-    def decode(self, config: LinkConfig = CONFIG) -> DecodeSide:
-        side = DecodeSide(1, config)
+    def decode(self, config: LinkConfig = CONFIG, device: str = "cpu", worker_id: str = "d") -> DecodeSide:
+        side = DecodeSide(1, config, device, worker_id)
         self._ending.callback(side.landing.close)
         return side
 

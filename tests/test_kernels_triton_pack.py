@@ -1,4 +1,4 @@
-"""Packing by the Triton back end: the bytes and sums of the reference, whatever the sizes, and nothing written where a sum is wrong."""
+"""Packing by the Triton back end against the reference, bit for bit: small through the interpreter, on a GPU at true sizes."""
 
 from types import ModuleType
 
@@ -7,13 +7,22 @@ import torch
 from exact_interpreter import prepare
 
 from kernels import reference
-from kernels.testing import LAYOUTS
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
-LAYERS, PAGES = (61, 300) if ON_GPU else (4, 9)
-FP8 = LAYOUTS["fp8"]
-KINDS = {"latent": (64, FP8.latent_row_bytes), "index": (FP8.index_page_bytes,)}
+LATENT, INDEX = (64, 656), (8448,)
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's: sums are meant to overflow
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")]
+PLACES = [
+    (LATENT, 4, 7, (1, 3), [6, 0, 2]),
+    (INDEX, 4, 7, (0, 4), [3]),
+    ((32,), 2, 3, (0, 2), [1, 2]),
+    *(
+        pytest.param(paged, 5, 2100, (1, 4), list(range(2050, 7, -3)), marks=gpu, id=f"large-{paged[0]}")
+        for paged in (LATENT, INDEX)
+    ),
+]
+places = pytest.mark.parametrize(("paged", "num_layers", "num_pages", "layers", "page_ids"), PLACES)
 
 
 @pytest.fixture(scope="module")
@@ -24,51 +33,72 @@ def ops() -> ModuleType:
     return triton_ops
 
 
-def random_pages(kind: str) -> torch.Tensor:
-    return torch.randint(0, 256, (LAYERS, PAGES, *KINDS[kind]), dtype=torch.uint8, device=DEVICE)
+def random_pages(num_layers: int, num_pages: int, paged: tuple[int, ...]) -> torch.Tensor:
+    return torch.randint(0, 256, (num_layers, num_pages, *paged), dtype=torch.uint8, device=DEVICE)
 
 
-@pytest.mark.parametrize("count", [1, 4, 7])
-@pytest.mark.parametrize("kind", KINDS)
-def test_packed_bytes_and_sums_are_those_of_the_reference(ops: ModuleType, kind: str, count: int) -> None:
-    pages = random_pages(kind)
-    page_ids = torch.randperm(PAGES)[:count].tolist()
-    buffer, sums = ops.pack_pages(pages, (1, 3), page_ids)
-    expected, expected_sums = reference.pack_pages(pages, (1, 3), page_ids)
-    assert torch.equal(buffer, expected)
-    assert torch.equal(sums, expected_sums)
-    assert torch.equal(ops.checksums(expected.view(2 * count, -1)), expected_sums)
+@places
+def test_same_payload_and_checksums(
+    ops: ModuleType,
+    paged: tuple[int, ...],
+    num_layers: int,
+    num_pages: int,
+    layers: tuple[int, int],
+    page_ids: list[int],
+) -> None:
+    pages = random_pages(num_layers, num_pages, paged)
+    payload = ops.pack_pages(pages, layers, page_ids)
+    assert torch.equal(payload, reference.pack_pages(pages, layers, page_ids))
+    rows = pages.flatten(2).flatten(0, 1)
+    assert torch.equal(ops.checksums(rows), reference.checksums(rows))
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_only_pages_with_the_right_sum_are_written(ops: ModuleType, kind: str) -> None:
-    source = random_pages(kind)
-    buffer, sums = reference.pack_pages(source, (0, 3), [3, 0])
-    buffer[buffer.numel() * 5 // 6 - 1] ^= 1  # the last byte of the fifth of six pages
-    mine, theirs = (torch.full_like(source, 7) for _ in range(2))
-    right = ops.unpack_pages(buffer, sums, mine, (0, 3), [8, 2])
-    assert right.tolist() == [True, True, True, True, False, True]
-    assert torch.equal(right, reference.unpack_pages(buffer, sums, theirs, (0, 3), [8, 2]))
-    assert torch.equal(mine, theirs)
-
-
-def test_what_does_not_fit_is_refused(ops: ModuleType) -> None:
-    pages = random_pages("index")
-    buffer, sums = ops.pack_pages(pages, (0, 2), [0, 1])
-    with pytest.raises(ValueError, match="3 checksums for 4 pages"):
-        ops.unpack_pages(buffer, sums[:-1], pages, (0, 2), [0, 1])
-    empty, nothing = ops.pack_pages(pages, (0, 2), [])
-    assert (
-        empty.numel() == nothing.numel() == ops.unpack_pages(empty, nothing, pages, (0, 2), []).numel() == 0
-    )
+@places
+def test_only_right_pages_are_written_and_nothing_else(
+    ops: ModuleType,
+    paged: tuple[int, ...],
+    num_layers: int,
+    num_pages: int,
+    layers: tuple[int, int],
+    page_ids: list[int],
+) -> None:
+    """Wrong are the first page, by a byte of its own, and the last one, by a byte of its checksum."""
+    source, target = (random_pages(num_layers, num_pages, paged) for _ in range(2))
+    expected = target.clone()
+    payload = reference.pack_pages(source, layers, page_ids)
+    payload[0] ^= 1
+    payload[-1] ^= 128
+    places = page_ids[::-1]
+    wrong = ops.unpack_pages(payload, target, layers, places)
+    assert torch.equal(wrong, reference.unpack_pages(payload, expected, layers, places))
+    assert wrong.nonzero().flatten().tolist() == [0, len(wrong) - 1]
+    assert torch.equal(target, expected)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="there is no CUDA device")
-def test_caches_beyond_two_to_the_31(ops: ModuleType) -> None:
-    pages = torch.zeros(61, 1000, 64, FP8.latent_row_bytes, dtype=torch.uint8, device=DEVICE)
-    pages[60, 999] = torch.randint(0, 256, pages.shape[2:], dtype=torch.uint8, device=DEVICE)
-    buffer, sums = ops.pack_pages(pages, (59, 61), [5, 999])
-    assert torch.equal(buffer.view(2, 2, *pages.shape[2:])[1, 1], pages[60, 999])
-    assert ops.unpack_pages(buffer, sums, pages, (59, 61), [7, 998]).all()
-    assert torch.equal(pages[60, 998], pages[60, 999])
+def test_pages_beyond_2_to_the_31() -> None:
+    """More than 2^31 words of pages and, in bytes, of payload: 3 layers of 80,000 latent pages, 10 GB."""
+    from kernels import triton_ops
+
+    pages = torch.zeros(3, 80_000, *LATENT, dtype=torch.uint8, device=DEVICE)
+    ids = list(range(79_999, 79_999 - 26_000, -1))
+    pages[1:, ids] = torch.randint(0, 256, (2, len(ids), *LATENT), dtype=torch.uint8, device=DEVICE)
+    payload = triton_ops.pack_pages(pages, (1, 3), ids)
+    count, page_bytes = 2 * len(ids), pages[0, 0].numel()
+    assert torch.equal(payload[: count * page_bytes].view(2, len(ids), *LATENT), pages[1:, ids])
+    landed = torch.zeros_like(pages)
+    assert not triton_ops.unpack_pages(payload, landed, (1, 3), ids).any()
+    assert torch.equal(landed, pages)
+
+
+def test_no_pages_and_what_does_not_fit(ops: ModuleType) -> None:
+    pages = random_pages(2, 3, INDEX)
+    payload = ops.pack_pages(pages, (0, 2), [])
+    assert payload.numel() == len(ops.checksums(pages[:0, 0])) == 0
+    assert not len(ops.unpack_pages(payload, pages, (0, 2), []))
+    payload = ops.pack_pages(pages, (0, 2), [0, 1])
+    with pytest.raises(ValueError, match="33823 bytes, but 4 pages with their checksums take 33824"):
+        ops.unpack_pages(payload[:-1], pages, (0, 2), [0, 1])
+    with pytest.raises(ValueError, match="a page has 12 bytes"):
+        ops.pack_pages(random_pages(1, 1, (12,)), (0, 1), [0])

@@ -3,10 +3,11 @@
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+import shipping_scenes as scenes
 import torch
 from shipping_sides import (
     CONFIG,
@@ -56,7 +57,10 @@ def test_round_trip(sides: Sides) -> None:
     sent, landed = prefill.shipper.counters(), child.call("counters")
     headers: list[Header] = child.call("get", "headers")
     assert sent["shipped_bytes"] == landed["landed_bytes"] == 27 * NUM_LAYERS * LAYOUT.token_bytes * PAGE_SIZE
-    assert sent["shipped_header_bytes"] == sum(len(encode(message)) for message in [*headers, commit])
+    assert sent["shipped_header_bytes"] == (
+        sum(len(encode(message)) for message in [*headers, commit])
+        + 2 * 8 * 27 * NUM_LAYERS  # a checksum for each page, layer and kind
+    )
     assert sent["shipments"] == len(headers) > 10
     assert sent["shipped_pages"] == 27
     assert sent["ship_seconds"] > 0
@@ -70,6 +74,15 @@ def test_round_trip(sides: Sides) -> None:
     prefill.send(make_ticket("next"), [0])
     assert prefill.end() == ("next", None), "what is said of an ended request is not heard"
     assert not prefill.shipper._lane_of
+
+
+@pytest.mark.parametrize(
+    "scene",
+    [scenes.two_prefill_workers_to_one_decode_worker, scenes.one_prefill_worker_to_two_decode_workers],
+    ids=lambda scene: scene.__name__,
+)
+def test_several_pairs(sides: Sides, scene: Callable[[Sides, str, str], None]) -> None:
+    scene(sides, "cpu", "cpu")
 
 
 def test_stale_generation_is_refused(sides: Sides) -> None:
@@ -154,7 +167,7 @@ def test_no_page_is_read_after_the_end(sides: Sides, monkeypatch: pytest.MonkeyP
     over: set[int] = set()
     too_late: list[int] = []
     begun = threading.Event()
-    operators = select()
+    reference = select()
 
     class Slow:
         @staticmethod
@@ -164,7 +177,7 @@ def test_no_page_is_read_after_the_end(sides: Sides, monkeypatch: pytest.MonkeyP
             begun.set()
             time.sleep(0.02)
             packing.clear()
-            return operators.pack_pages(pages, layers, page_ids)
+            return reference.pack_pages(pages, layers, page_ids)
 
     def ended(request_id: str, reason: str | None = None) -> None:
         page = int(request_id)

@@ -1,32 +1,26 @@
 """Shipping when a peer dies, freezes or is not what it should be."""
 
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
+import shipping_scenes as scenes
 from shipping_sides import (
     HANG,
     LAYOUT,
     NUM_PAGES,
     QUICK,
-    START,
-    Prefill,
     Sides,
     assert_landed,
-    make_cache,
     make_ticket,
-    processes,
     wait_until,
 )
 
 from workers.paged_cache import PagedCache
-from workers.shipping.pair import Pair
-from workers.shipping.protocol import Commit, LinkConfig
+from workers.shipping.protocol import LinkConfig
 
 
 @pytest.fixture
@@ -62,40 +56,8 @@ def test_receiver_killed_in_mid_shipment(sides: Sides) -> None:
     assert prefill.shipper.counters()["pairs_lost"] == 1
 
 
-def prefill_process(port: int, epoch: int, die_at_send: int) -> None:
-    """Ships one request; killed after the header of one shipment has left, before its payload."""
-    torch.set_num_threads(1)
-    sends = iter(range(1, 1000))
-    send = Pair.send
-
-    def deadly(self: Pair, payload: torch.Tensor, tag: int) -> Any:
-        if next(sends) == die_at_send:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return send(self, payload, tag)
-
-    prefill = Prefill(epoch=epoch)
-    prefill.shipper.set_peers({"d": ("127.0.0.1", port, 1)})
-    wait_until(lambda: bool(prefill.shipper.peers()))
-    Pair.send = deadly  # type: ignore[method-assign]
-    prefill.send(make_ticket(f"of {epoch}"), list(range(12)))
-    assert prefill.end() == (f"of {epoch}", None)
-    prefill.shipper.close()
-
-
 def test_sender_killed_in_mid_shipment(sides: Sides) -> None:
-    side = sides.decode()
-    for epoch, dies_at in ((1, 4), (2, 0)):
-        sender = processes.Process(target=prefill_process, args=(side.port(), epoch, dies_at), daemon=True)
-        sender.start()
-        sender.join(START)
-        assert sender.exitcode == (-signal.SIGKILL if dies_at else 0)
-        wait_until(lambda epoch=epoch: ("lost", "p", epoch) in side.events)
-    assert len(side.headers) > 3
-    assert Commit("of 2", 1, 12, 7, None) in side.events
-    assert not [event for event in side.events if isinstance(event, Commit) and event.request_id == "of 1"]
-    cache, ticket = make_cache(filled=True), make_ticket()
-    assert torch.equal(side.cache.latent[:, ticket.pages], cache.latent[:, :12])
-    assert torch.equal(side.cache.index[:, ticket.pages], cache.index[:, :12])
+    scenes.prefill_worker_killed_in_mid_shipment(sides, "cpu", "cpu")
 
 
 def test_frozen_peer_is_noticed_and_welcome_again(sides: Sides) -> None:

@@ -47,7 +47,6 @@ HEADER = Header(
     page_indices=[4, 5, 6],
     page_ids=[9, 8, 7],
     generations=[0, 1, 0],
-    checksums=[-(2**63), -1, 0, 1, 2, 2**63 - 1],
     nbytes=6 * FINGERPRINT.index_page_bytes,
 )
 MESSAGES: list[Message] = [
@@ -118,7 +117,6 @@ def test_hello(change: dict[str, object], reason: str | None) -> None:
         ({"page_ids": [9]}, "indices"),
         ({"generations": []}, "generations"),
         ({"page_ids": [], "page_indices": [], "generations": []}, "page ids"),
-        ({"checksums": [0]}, "checksums"),
         ({"kind": "latent"}, "nbytes"),
         ({"nbytes": 1}, "nbytes"),
     ],
@@ -135,7 +133,6 @@ def test_no_one_ships_more_at_once_than_all_accept() -> None:
         page_indices=pages,
         page_ids=pages,
         generations=pages,
-        checksums=2 * pages,
         nbytes=2 * len(pages) * FINGERPRINT.index_page_bytes,
     )
     assert "limit" in (header_error(too_much, FINGERPRINT) or "")

@@ -5,46 +5,57 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from shipping_sides import LAYOUT, make_cache, make_ticket
+from shipping_sides import LAYOUT, NUM_LAYERS, make_cache, make_ticket
 
-from kernels.dispatch import select
-from workers.paged_cache import PagedCache
 from workers.shipping.outbox import Part
 from workers.shipping.protocol import (
-    CORRUPT,
     STALE_EPOCH,
     STALE_GENERATION,
     Accepted,
+    Fingerprint,
     Kind,
     Refused,
 )
-from workers.shipping.shipment import Shipment, verify_and_write
+from workers.shipping.shipment import Shipment, Verdict, staleness, write
 
 PAGES = [5, 2, 30]
 
 
-def arrive(kind: Kind, **changes: Any) -> tuple[Shipment, list[Accepted | Refused]]:
-    """Layers 1 and 2 of three pages of a filled cache, under a header with some fields changed."""
-    cache = make_cache(filled=True)
+def arrive(
+    kind: Kind, *, flip: tuple[int, int] | None = None, **changes: Any
+) -> tuple[Shipment, list[Accepted | Refused], list[Verdict]]:
+    """Layers 1 and 2 of three pages of a filled cache, under a header with some fields changed. flip: a byte, and bits of it."""
+    cache = make_cache(filled=1)
     pages = cache.latent if kind == "latent" else cache.index
-    payload, checksums = select().pack_pages(pages, (1, 3), PAGES)
+    payload = cache.ops.pack_pages(pages, (1, 3), PAGES)
+    if flip is not None:
+        payload[flip[0]] ^= flip[1]
     part = Part(make_ticket(epoch=4, generation=6), kind, (1, 3), [0, 1, 2], PAGES)
-    header = part.header(9, prefill_epoch=3, checksums=checksums.tolist(), nbytes=payload.numel())
+    header = part.header(9, prefill_epoch=3, fingerprint=Fingerprint.of(LAYOUT, NUM_LAYERS))
+    assert header.payload_bytes == payload.numel()
     answers: list[Accepted | Refused] = []
-    return Shipment(msgspec.structs.replace(header, **changes), payload, 3, answers.append), answers
+    verdicts: list[Verdict] = []
+    header = msgspec.structs.replace(header, **changes)
+    return (
+        Shipment(header, payload, 3, lambda _, verdict: verdicts.append(verdict), answers.append),
+        answers,
+        verdicts,
+    )
 
 
-def land(shipment: Shipment) -> tuple[str | None, PagedCache]:
-    cache = make_cache()
-    return verify_and_write(shipment, cache, generation_of=lambda page: 6, epoch=4), cache
+def stale(shipment: Shipment) -> str | None:
+    return staleness(shipment, generation_of=lambda page: 6, epoch=4)
 
 
 @pytest.mark.parametrize("kind", ["latent", "index"])
 def test_right_pages_are_written_where_the_ticket_said(kind: Kind) -> None:
-    shipment, answers = arrive(kind)
-    reason, cache = land(shipment)
-    assert reason is None
-    source, expected = make_cache(filled=True), make_cache()
+    shipment, answers, verdicts = arrive(kind)
+    assert stale(shipment) is None
+    cache = make_cache()
+    write(shipment, cache)
+    (verdict,) = verdicts
+    assert verdict.wait() == []
+    source, expected = make_cache(filled=1), make_cache()
     written = (source.latent, expected.latent) if kind == "latent" else (source.index, expected.index)
     written[1][1:, make_ticket().pages[:3]] = written[0][1:, PAGES]
     assert torch.equal(cache.latent, expected.latent)
@@ -63,18 +74,24 @@ def test_right_pages_are_written_where_the_ticket_said(kind: Kind) -> None:
         ({"generations": [7, 6, 6]}, STALE_GENERATION),
     ],
 )
-def test_stale_shipment_writes_nothing(changes: dict[str, Any], expected: str) -> None:
-    shipment, answers = arrive("latent", **changes)
-    reason, cache = land(shipment)
-    assert reason == expected
-    assert not cache.latent.any()
-    shipment.refuse(reason)
+def test_stale_shipment_is_known_before_anything_is_written(changes: dict[str, Any], expected: str) -> None:
+    shipment, answers, verdicts = arrive("latent", **changes)
+    assert stale(shipment) == expected
+    assert not verdicts
+    shipment.refuse(expected)
     assert answers == [Refused(9, expected)]
 
 
-@pytest.mark.parametrize("byte", [0, 3 * LAYOUT.index_page_bytes, -1])
+@pytest.mark.parametrize(
+    ("byte", "page"), [(0, 0), (3 * LAYOUT.index_page_bytes, 3), (-49, 5), (-1, 5), (-48, 0)]
+)
 @pytest.mark.parametrize("bit", [1, 128])
-def test_any_flipped_bit_is_found(byte: int, bit: int) -> None:
-    shipment, _ = arrive("index")
-    shipment.payload[byte] ^= bit
-    assert land(shipment)[0] == CORRUPT
+def test_any_flipped_bit_is_found_and_its_page_not_written(byte: int, page: int, bit: int) -> None:
+    """The last 48 bytes are the checksums."""
+    shipment, _, verdicts = arrive("index", flip=(byte, bit))
+    cache = make_cache()
+    write(shipment, cache)
+    assert verdicts[0].wait() == [page]
+    layer, index = divmod(page, 3)
+    assert not cache.index[1 + layer, shipment.header.page_ids[index]].any()
+    assert cache.index[1:, shipment.header.page_ids].any(2).sum() == 5

@@ -3,8 +3,9 @@
 Life of a request here:
   1. Reserve arrives: pages for the whole prompt are taken as soon as there are enough, and a landing ticket goes back. It
      names the leading pages this worker already holds.
-  2. Shipments arrive from the prefill worker. Each is verified (epoch, generation, checksum) before its bytes touch a
-     page; a page whose every layer has landed is published as prefix cache, even if the request fails later.
+  2. Shipments arrive from the prefill worker. Epochs and generations are checked before anything is written, checksums as
+     pages are written; the link learns how that went while the engine goes on. A page whose every layer has landed is
+     published as prefix cache, even if the request fails later.
   3. The commit arrives with the first token: the request joins the running batch.
   4. Tokens go to the gateway, one update a step, until the request ends; its pages stay as prefix cache.
 """
@@ -22,7 +23,7 @@ from workers.prefill import SMOOTHING
 from workers.ranks.landings import Landings
 from workers.ranks.messages import rank_name
 from workers.request import Request, Status
-from workers.shipping.receiver import Commit, Shipment, verify_and_write
+from workers.shipping.receiver import Commit, Shipment, staleness, write
 from workers.worker import Emit, Job, Worker
 
 
@@ -47,6 +48,7 @@ class DecodeWorker(Worker):
         self._max_waiting = engine.config.max_waiting
         self._step_seconds = 0.0
         landing.on_shipment = lambda shipment: self.post(lambda: self._land(shipment))
+        landing.on_verified = lambda shipment: self.post(lambda: self._verified(shipment))
         landing.on_landed = lambda *landed: self.post(lambda: self._landed_elsewhere(*landed))
         landing.on_commit = lambda commit: self.post(lambda: self._commit(commit))
         landing.on_abandon = lambda request_id: self.post(lambda: self._abandoned(request_id))
@@ -121,21 +123,29 @@ class DecodeWorker(Worker):
             self._watch_grammar(job)
 
     def _land(self, shipment: Shipment) -> None:
-        job = self.jobs.get(shipment.request_id)
-        if job is None or job.request.status is not Status.LANDING or job.request.rank:
-            shipment.refuse("no such request is landing here")
-            return
-        if not _expected(shipment, job):
-            shipment.refuse("pages that the ticket does not name, or that have landed already")
-            return
-        reason = verify_and_write(
-            shipment, self._cache, generation_of=self.engine.pools[0].generation, epoch=self.epoch
-        )
+        reason = self._objection(shipment)
+        if reason is not None:
+            shipment.refuse(reason)
+        else:
+            write(shipment, self._cache)
+
+    def _verified(self, shipment: Shipment) -> None:
+        """Its pages are written and right; they count unless their request has ended meanwhile."""
+        reason = self._objection(shipment)
         if reason is not None:
             shipment.refuse(reason)
             return
-        self._landed(job, shipment.page_indices, shipment.num_layers)
+        self._landed(self.jobs[shipment.request_id], shipment.page_indices, shipment.num_layers)
         shipment.accept()
+
+    def _objection(self, shipment: Shipment) -> str | None:
+        """The reason not to take it, if there is one."""
+        job = self.jobs.get(shipment.request_id)
+        if job is None or job.request.status is not Status.LANDING or job.request.rank:
+            return "no such request is landing here"
+        if not _expected(shipment, job):
+            return "pages that the ticket does not name, or that have landed already"
+        return staleness(shipment, generation_of=self.engine.pools[0].generation, epoch=self.epoch)
 
     def _landed_elsewhere(self, request_id: str, page_indices: list[int], num_layers: int) -> None:
         """Another rank has verified and written pages of its own."""

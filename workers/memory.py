@@ -12,6 +12,9 @@ from workers.model_config import ModelConfig
 
 SCORE_BYTES = 2**30  # index scores of as many rows as fit, and what choosing among them takes
 GRAPH_BYTES = 2**30  # decode graphs: their own activations and the driver's copies of every launch
+SHIPPING_BYTES = (
+    2**29
+)  # buffers packed, sent or received and not yet answered: those of two pairs at their busiest
 RESERVE_BYTES = (
     2**31
 )  # the driver, the library of collectives, and what the allocator cannot use for its fragments
@@ -27,10 +30,11 @@ class Workspace:
     scores: int
     logits: int
     graphs: int
+    shipping: int
 
     @property
     def total(self) -> int:
-        return self.activations + self.latents + self.scores + self.logits + self.graphs
+        return self.activations + self.latents + self.scores + self.logits + self.graphs + self.shipping
 
 
 def workspace(model: ModelConfig, engine: EngineConfig) -> Workspace:
@@ -45,6 +49,7 @@ def workspace(model: ModelConfig, engine: EngineConfig) -> Workspace:
         scores=SCORE_BYTES,
         logits=engine.max_running * logits_row,
         graphs=GRAPH_BYTES,
+        shipping=SHIPPING_BYTES,
     )
 
 

@@ -18,18 +18,20 @@ from workers.shipping.receiver import Commit, Landing, Shipment
 class Landings:
     """Rank 0's landing and those of the followers, of which only the news comes here. Callbacks come on threads of the links.
 
-    on_shipment: pages for rank 0, to be verified, written and answered
+    on_shipment, on_verified: pages for rank 0, as of workers.shipping.receiver.Landing
     on_landed(request_id, page_indices, num_layers): pages that another rank has written
     """
 
     def __init__(self, own: Landing, followers: Followers | None) -> None:
         self.on_shipment: Callable[[Shipment], None] = lambda shipment: None
+        self.on_verified: Callable[[Shipment], None] = lambda shipment: None
         self.on_landed: Callable[[str, list[int], int], None] = lambda request_id, indices, layers: None
         self.on_commit: Callable[[Commit], None] = lambda commit: None
         self.on_abandon: Callable[[str], None] = lambda request_id: None
         self._own = own
         self._followers = followers
         own.on_shipment = lambda shipment: self.on_shipment(shipment)
+        own.on_verified = lambda shipment: self.on_verified(shipment)
         own.on_commit = lambda commit: self.on_commit(commit)
         own.on_abandon = lambda request_id: self.on_abandon(request_id)
         if followers is not None:

@@ -24,7 +24,7 @@ from workers.ranks.messages import (
     ToLeader,
     rank_name,
 )
-from workers.shipping.receiver import Landing, Shipment, verify_and_write
+from workers.shipping.receiver import Landing, Shipment, staleness, write
 from workers.shipping.sender import Shipper
 
 Tell = Callable[[ToLeader], None]
@@ -97,6 +97,7 @@ class DecodeLinks:
             cache=cache,
         )
         self._landing.on_shipment = lambda shipment: post(lambda: self._land(shipment))
+        self._landing.on_verified = lambda shipment: post(lambda: self._verified(shipment))
         self._landing.on_commit = lambda commit: tell(CommitLanded(commit))
         self._landing.on_abandon = lambda request_id: tell(AbandonLanded(request_id))
         self._landing.start()
@@ -111,19 +112,31 @@ class DecodeLinks:
             self._expected.pop(message.request_id, None)
 
     def _land(self, shipment: Shipment) -> None:
-        expected = self._expected.get(shipment.request_id)
-        if expected is None:
-            shipment.refuse("no such request is landing here")
-            return
-        reason = expected.land(shipment, self._cache, self._epoch)
+        reason = self._objection(shipment)
+        if reason is not None:
+            shipment.refuse(reason)
+        else:
+            write(shipment, self._cache)
+
+    def _verified(self, shipment: Shipment) -> None:
+        """Its pages are written and right; they count unless the leader has forgotten their request meanwhile."""
+        reason = self._objection(shipment)
         if reason is not None:
             shipment.refuse(reason)
             return
+        expected = self._expected[shipment.request_id]
+        expected.landed(shipment)
         if not expected.missing:
             del self._expected[shipment.request_id]
         # Before the answer: what the sender says next must not overtake it.
         self._tell(PagesLanded(shipment.request_id, shipment.page_indices, shipment.num_layers))
         shipment.accept()
+
+    def _objection(self, shipment: Shipment) -> str | None:
+        expected = self._expected.get(shipment.request_id)
+        if expected is None:
+            return "no such request is landing here"
+        return expected.objection(shipment, self._epoch)
 
 
 class _Expected:
@@ -135,15 +148,15 @@ class _Expected:
         self._pages = ticket.pages
         self._generations = dict(zip(ticket.pages, ticket.generations, strict=True))
 
-    def land(self, shipment: Shipment, cache: PagedCache, epoch: int) -> str | None:
+    def objection(self, shipment: Shipment, epoch: int) -> str | None:
         """The reason not to take it, if there is one."""
         places = zip(shipment.page_indices, shipment.header.page_ids, strict=True)
         if not all(index in self.missing and self._pages[index] == page for index, page in places):
             return "pages that the ticket does not name, or that have landed already"
-        reason = verify_and_write(shipment, cache, generation_of=self._generations.__getitem__, epoch=epoch)
-        if reason is None:
-            for index in shipment.page_indices:
-                self.missing[index] -= shipment.num_layers
-                if not self.missing[index]:
-                    del self.missing[index]
-        return reason
+        return staleness(shipment, generation_of=self._generations.__getitem__, epoch=epoch)
+
+    def landed(self, shipment: Shipment) -> None:
+        for index in shipment.page_indices:
+            self.missing[index] -= shipment.num_layers
+            if not self.missing[index]:
+                del self.missing[index]

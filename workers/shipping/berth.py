@@ -1,7 +1,8 @@
 """The receiving half of one pair: from a prefill worker's connection to the shipments it brings.
 
-Two threads. The reading thread greets the peer and reads what it says; the payload thread posts a receive for every
-header and waits for the bytes, so that a receive which hangs holds up nothing else. Knows nothing of other prefill workers.
+Three threads. The reading thread greets the peer and reads what it says; the payload thread posts a receive for every header and
+waits for the bytes, so that a receive which hangs holds up nothing else; the verdict thread waits for the GPU that verifies them,
+so that no engine does. Knows nothing of other prefill workers.
 """
 
 import contextlib
@@ -18,10 +19,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
+from workers.cpu_threads import use_threads
 from workers.shipping.counters import Counters
 from workers.shipping.link import Link, LinkLost
 from workers.shipping.pair import DECODE_RANK, Pair, backend_for, gpu_of
 from workers.shipping.protocol import (
+    CORRUPT,
     Abandon,
     Accepted,
     Commit,
@@ -37,7 +40,7 @@ from workers.shipping.protocol import (
     header_error,
     hello_error,
 )
-from workers.shipping.shipment import Shipment
+from workers.shipping.shipment import Shipment, Verdict
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +50,7 @@ class Site:
     """What all berths of a decode worker share.
 
     admit(berth, hello): the reason to reject a peer whose hello was in order; None if it may stay.
-    deliver: takes what came. lost(berth, hello): the link of an admitted peer is broken. ended: so are all its threads.
+    deliver: takes what came. verified: takes a shipment again whose pages were written and are right. lost(berth, hello): the link of an admitted peer is broken. ended: so are all its threads.
     """
 
     identity: Identity
@@ -57,6 +60,7 @@ class Site:
     counters: Counters
     admit: Callable[["Berth", Hello], str | None]
     deliver: Callable[[Shipment | Commit | Abandon], None]
+    verified: Callable[[Shipment], None]
     lost: Callable[["Berth", Hello], None]
     ended: Callable[["Berth"], None]
 
@@ -69,6 +73,8 @@ class Berth:
         self._site = site
         self._link = Link(connection, site.config)
         self._headers: queue.SimpleQueue[Header | None] = queue.SimpleQueue()
+        self._posted: deque[tuple[Header, torch.Tensor, dist.Work]] = deque()  # receives; the oldest first
+        self._verdicts: queue.SimpleQueue[tuple[Shipment, Verdict] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="berth", daemon=True)
 
     def start(self) -> None:
@@ -131,7 +137,9 @@ class Berth:
     def _read(self, hello: Hello, pair: Pair) -> None:
         """Until the link breaks."""
         payloads = threading.Thread(target=self._receive, args=(hello, pair), name="payloads", daemon=True)
+        verdicts = threading.Thread(target=self._judge, name="verdicts", daemon=True)
         payloads.start()
+        verdicts.start()
         self.paired = True
         self._site.counters.add(pairs_made=1)
         try:
@@ -145,6 +153,9 @@ class Berth:
         self._headers.put(None)
         pair.abort()
         payloads.join()
+        self._posted.clear()  # not before the abort: until then NCCL may write there
+        self._verdicts.put(None)
+        verdicts.join()
 
     def _hear(self, message: Message) -> None:
         if isinstance(message, Header):
@@ -161,26 +172,55 @@ class Berth:
     # The payload thread.
 
     def _receive(self, hello: Hello, pair: Pair) -> None:
-        posted: deque[tuple[Header, torch.Tensor, dist.Work]] = deque()
+        use_threads(1)
+        posted = self._posted
         try:
             while True:
                 while not posted or not self._headers.empty():
                     header = self._headers.get()
                     if header is None:
                         return
-                    posted.append((header, *pair.receive(header.nbytes, header.shipment_id)))
-                header, payload, work = posted.popleft()
+                    posted.append((header, *pair.receive(header.payload_bytes, header.shipment_id)))
+                header, payload, work = posted[0]
                 pair.wait(work, self._site.config.payload_timeout_s)
                 if self._link.closed:
                     return  # an aborted receive looks like a finished one
-                self._site.deliver(
-                    Shipment(header, payload, hello.prefill_epoch, partial(self._answer, header))
-                )
+                posted.popleft()
+                with torch.cuda.stream(pair.stream):
+                    payload = payload.to(self._site.device)
+                answer = partial(self._answer, header)
+                self._site.deliver(Shipment(header, payload, hello.prefill_epoch, self._await, answer))
         except RuntimeError as error:
             self._link.close(f"a payload did not come: {error}")
 
+    def _await(self, shipment: Shipment, verdict: Verdict) -> None:
+        """On the thread that has the shipment written."""
+        self._verdicts.put((shipment, verdict))
+
+    # The verdict thread.
+
+    def _judge(self) -> None:
+        while (item := self._verdicts.get()) is not None:
+            shipment, verdict = item
+            wrong = verdict.wait()
+            if wrong:
+                header = shipment.header
+                places = [
+                    (header.layer_start + number // len(header.page_ids), number % len(header.page_ids))
+                    for number in wrong
+                ]
+                log.warning(
+                    "request %s: %s pages (layer, number) arrived corrupt: %s",
+                    header.request_id,
+                    header.kind,
+                    places,
+                )
+                shipment.refuse(CORRUPT)
+            else:
+                self._site.verified(shipment)
+
     def _answer(self, header: Header, answer: Accepted | Refused) -> None:
-        """On the thread that verified the shipment."""
+        """On whichever thread accepts or refuses the shipment."""
         if isinstance(answer, Refused):
             self._site.counters.add(refused_shipments=1, refused_pages=len(header.page_ids))
         else:

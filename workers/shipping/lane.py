@@ -11,7 +11,6 @@ import queue
 import socket
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +48,7 @@ class Origin:
     """What all lanes of a prefill worker share.
 
     finish(request_id, reason): tells the end of a request; None is success. corrupt(header, payload): a test's hand in
-    the payload, after the checksums were taken.
+    the pages of a payload, whose checksums lie behind them.
     """
 
     worker_id: str
@@ -77,24 +76,6 @@ class Destination:
     epoch: int
 
 
-@dataclass(frozen=True)
-class _Packed:
-    """A part on its way into one buffer. `through`: when a GPU is done with that; None: it is done."""
-
-    shipment_id: int
-    part: Part
-    payload: torch.Tensor
-    checksums: torch.Tensor  # on the host
-    through: torch.cuda.Event | None
-
-    def done(self) -> bool:
-        return self.through is None or self.through.query()
-
-    def wait(self) -> None:
-        if self.through is not None:
-            self.through.synchronize()
-
-
 class Lane:
     """`post` runs a command on the lane thread; `add`, `commit` and `abandon` are the commands there are."""
 
@@ -104,7 +85,6 @@ class Lane:
         self._origin = origin
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox = Outbox(origin.config.max_in_flight)
-        self._packed: deque[_Packed] = deque()
         self._in_flight: dict[int, dist.Work] = {}  # holds the payloads until they are answered
         self._busy_since = 0.0
         self._link: Link | None = None
@@ -141,15 +121,12 @@ class Lane:
         ticket: Ticket,
         page_indices: Sequence[int],
         page_ids: Sequence[int],
-        written: torch.cuda.Event | None,
     ) -> None:
-        """Queues all layers of these pages. On a GPU they hold their final bytes once `written` has happened."""
+        """Queues all layers of these pages, which hold their final bytes by now."""
         if self._pair is None:
             self._fail(ticket.request_id, "not paired")
             return
-        if written is not None and self._pair.stream is not None:
-            self._pair.stream.wait_event(written)
-        max_bytes = self._origin.config.max_shipment_bytes
+        max_bytes = min(self._origin.config.max_shipment_bytes, self._pair.max_message_bytes)
         parts = split(
             ticket, page_indices, page_ids, fingerprint=self._origin.fingerprint, max_bytes=max_bytes
         )
@@ -187,52 +164,39 @@ class Lane:
         try:
             if (commit := self._outbox.next_commit()) is not None:
                 self._say(link, commit)
+            elif (numbered := self._outbox.next_part()) is not None:
+                self._ship(link, pair, *numbered)
             else:
-                self._pack_ahead(pair)
-                if not self._packed:
-                    return False
-                self._ship(link, pair, self._packed.popleft())
+                return False
         except (OSError, RuntimeError) as error:
             link.close(str(error))  # wakes the pairing thread, which pairs again
             self._lost(str(error))
         return True
 
-    def _pack_ahead(self, pair: Pair) -> None:
-        """Has a GPU pack the next parts while the oldest one, whose checksums go into its header, is not through yet."""
-        while not self._packed or not self._packed[0].done():
-            numbered = self._outbox.next_part()
-            if numbered is None:
-                return
-            shipment_id, part = numbered
-            cache = self._origin.cache
-            pages = cache.latent if part.kind == "latent" else cache.index
-            try:
-                with torch.cuda.stream(pair.stream):
-                    buffer, checksums = cache.ops.pack_pages(pages, part.layers, part.page_ids)
-                    payload = buffer.to(pair.payload_device)
-                    sums = checksums.to("cpu", non_blocking=True)
-                    through = pair.stream.record_event() if pair.stream is not None else None
-            except RuntimeError as error:  # no memory left for one more copy, say
-                self._turned_down(shipment_id, f"cannot pack pages: {error}")
-            else:
-                self._packed.append(_Packed(shipment_id, part, payload, sums, through))
-
-    def _ship(self, link: Link, pair: Pair, packed: "_Packed") -> None:
+    def _ship(self, link: Link, pair: Pair, shipment_id: int, part: Part) -> None:
+        """On a GPU packing and sending are queued, and the next parts too, as many as may be in flight, while this one is sent."""
         if not self._in_flight:
             self._busy_since = time.monotonic()
-        packed.wait()
-        part, payload = packed.part, packed.payload
-        header = part.header(
-            packed.shipment_id,
-            prefill_epoch=self._origin.epoch,
-            checksums=packed.checksums.tolist(),
-            nbytes=payload.numel(),
-        )
-        if self._origin.corrupt is not None:
-            self._origin.corrupt(header, payload)
+        origin = self._origin
+        pages = origin.cache.latent if part.kind == "latent" else origin.cache.index
+        header = part.header(shipment_id, prefill_epoch=origin.epoch, fingerprint=origin.fingerprint)
+        with torch.cuda.stream(pair.stream):
+            try:
+                packed = origin.cache.ops.pack_pages(pages, part.layers, part.page_ids)
+                payload = packed.to(pair.payload_device)
+            except RuntimeError as error:  # no memory left for one more copy, say
+                self._turned_down(shipment_id, f"cannot pack pages: {error}")
+                return
+            if origin.corrupt is not None:
+                origin.corrupt(header, payload)
         self._say(link, header)
-        self._in_flight[packed.shipment_id] = pair.send(payload, packed.shipment_id)
-        self._origin.counters.add(shipments=1, shipped_bytes=header.nbytes, resent_shipments=int(part.resent))
+        self._in_flight[shipment_id] = pair.send(payload, shipment_id)
+        origin.counters.add(
+            shipments=1,
+            shipped_bytes=header.nbytes,
+            shipped_header_bytes=header.payload_bytes - header.nbytes,
+            resent_shipments=int(part.resent),
+        )
 
     def _say(self, link: Link, message: Message) -> None:
         self._origin.counters.add(shipped_header_bytes=link.send(message))
@@ -266,6 +230,8 @@ class Lane:
     def _fail(self, request_id: str, why: str) -> None:
         """Ends a request here and, if the link is up, there."""
         self._outbox.drop(request_id)
+        if self._pair is not None:
+            self._pair.settle()  # from now on its pages may not be read
         if self._link is not None:
             with contextlib.suppress(OSError):  # the pairing thread will notice
                 self._say(self._link, Abandon(request_id))
@@ -281,10 +247,10 @@ class Lane:
         if self._pair is None:
             return
         log.warning("%s lost %s: %s", self._origin.worker_id, self.destination.worker_id, why)
+        self._pair.settle()
         self._link, self._pair, self.paired = None, None, False
         self._origin.counters.add(pairs_lost=1)
         self._in_flight.clear()
-        self._packed.clear()
         outbox, self._outbox = self._outbox, Outbox(self._origin.config.max_in_flight)
         for request_id in outbox.requests:
             self._fail(request_id, f"the link was lost: {why}")

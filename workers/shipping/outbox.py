@@ -25,8 +25,9 @@ class Part:
     page_ids: list[int]  # in the sender's cache; the receiver's are in the ticket
     resent: bool = False
 
-    def header(self, shipment_id: int, *, prefill_epoch: int, checksums: list[int], nbytes: int) -> Header:
-        """Announces this part, once packed."""
+    def header(self, shipment_id: int, *, prefill_epoch: int, fingerprint: Fingerprint) -> Header:
+        """Announces this part."""
+        num_layers = self.layers[1] - self.layers[0]
         return Header(
             shipment_id=shipment_id,
             request_id=self.ticket.request_id,
@@ -38,8 +39,7 @@ class Part:
             page_indices=self.page_indices,
             page_ids=[self.ticket.pages[index] for index in self.page_indices],
             generations=[self.ticket.generations[index] for index in self.page_indices],
-            checksums=checksums,
-            nbytes=nbytes,
+            nbytes=num_layers * len(self.page_ids) * fingerprint.page_bytes(self.kind),
         )
 
 
@@ -54,17 +54,21 @@ def split(
     """Cuts pages into parts of at most `max_bytes` (but at least one page of one layer).
 
     Group of layers by group of layers; of each group the index keys go first, so that a decode worker could begin to
-    select before the latents are there.
+    select before the latents are there. Index keys are small: a part of them covers the layers of several parts of latents, so
+    that all parts are about as large.
     """
-    most = max(1, max_bytes // max(fingerprint.latent_page_bytes, fingerprint.index_page_bytes))
-    runs = list(_even_runs(len(page_ids), most))
-    longest_run = max((run.stop - run.start for run in runs), default=1)
-    for layers in _even_runs(fingerprint.num_layers, max(1, most // longest_run)):
+    runs = dict[Kind, list[slice]]()
+    num_layers = dict[Kind, int]()  # of a part
+    for kind in KINDS:
+        most = max(1, max_bytes // fingerprint.page_bytes(kind))
+        runs[kind] = list(_even_runs(len(page_ids), most))
+        num_layers[kind] = max(1, most // max((run.stop - run.start for run in runs[kind]), default=1))
+    for group in _even_runs(fingerprint.num_layers, max(num_layers.values())):
         for kind in KINDS:
-            for run in runs:
-                yield Part(
-                    ticket, kind, (layers.start, layers.stop), list(page_indices[run]), list(page_ids[run])
-                )
+            for layers in _even_runs(group.stop - group.start, num_layers[kind]):
+                between = (group.start + layers.start, group.start + layers.stop)
+                for run in runs[kind]:
+                    yield Part(ticket, kind, between, list(page_indices[run]), list(page_ids[run]))
 
 
 def _even_runs(total: int, longest: int) -> Iterator[slice]:

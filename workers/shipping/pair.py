@@ -4,6 +4,7 @@ The one place that knows Gloo from NCCL. Knows nothing of pages, requests or the
 """
 
 import os
+import time
 from datetime import timedelta
 from typing import Any
 
@@ -11,13 +12,16 @@ import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
-from workers.shipping.protocol import Backend
+from workers.shipping.protocol import MAX_SHIPMENT_BYTES, Backend
 
 # torch does not declare these as public, but has nothing else for a group outside its one default group.
 _TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
 _GlooOptions: Any = dist.ProcessGroupGloo._Options  # type: ignore[attr-defined]
 
 PREFILL_RANK, DECODE_RANK = 0, 1
+# Of pages in one message. Larger Gloo messages gain nothing, and more can be caught in mid-way; NVLink wants large ones.
+LARGEST_MESSAGE: dict[Backend, int] = {"nccl": MAX_SHIPMENT_BYTES, "gloo": 4 * 2**20}
+_POLL_S = 5e-5
 _FIRST_TAG = 0  # of the byte that proves the pair; shipment ids start at 1
 
 
@@ -26,6 +30,7 @@ class Pair:
 
     store: host and port of the decode worker's TCPStore; `key` is fresh for every pair. address: this end's own, on the
     network that payloads shall take. device: where the caches are; payloads must be on `payload_device`.
+    max_message_bytes: more pages in one message gain nothing with this back end.
     Every method and the constructor raise RuntimeError when the peer is gone.
     """
 
@@ -51,7 +56,8 @@ class Pair:
         self._group = (
             _nccl(prefixed, rank, timeout) if backend == "nccl" else _gloo(prefixed, rank, address, timeout)
         )
-        self._aborts = backend == "nccl"
+        self.max_message_bytes = LARGEST_MESSAGE[backend]
+        self._is_nccl = backend == "nccl"
         try:
             self._exchange_first_byte(rank, timeout_s)
         except RuntimeError:
@@ -72,12 +78,26 @@ class Pair:
 
     def wait(self, work: dist.Work, timeout_s: float) -> None:
         """Blocks this thread until the work is over. After `abort` it may return without the bytes having come."""
-        with torch.cuda.stream(self.stream):
+        if not self._is_nccl:
             work.wait(timedelta(seconds=timeout_s))
+            return
+        assert self.stream is not None
+        with torch.cuda.stream(self.stream):
+            work.wait()  # holds the stream up, not this thread; with a timeout, torch would look once a millisecond only
+        arrived, deadline = self.stream.record_event(), time.monotonic() + timeout_s
+        while not arrived.query():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nothing came for {timeout_s:g} s")
+            time.sleep(_POLL_S)
+
+    def settle(self) -> None:
+        """The sender's: blocks until what it has queued on `stream` is done, which is packing, never a transfer."""
+        if self.stream is not None:
+            self.stream.synchronize()
 
     def abort(self) -> None:
         """Frees what NCCL is stuck in. Gloo cannot be freed: a stuck wait ends by its own timeout."""
-        if self._aborts:
+        if self._is_nccl:
             self._group.abort()
 
     def _exchange_first_byte(self, rank: int, timeout_s: float) -> None:

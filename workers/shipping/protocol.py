@@ -12,11 +12,11 @@ from typing import Literal
 
 import msgspec
 
-from kernels.layout import CacheLayout
+from kernels.layout import CHECKSUM_BYTES, CacheLayout
 
-VERSION = 2
-MAX_MESSAGE_BYTES = 2**20  # a header of the largest shipment takes some 20 kB
-MAX_SHIPMENT_BYTES = 64 * 2**20  # of payload
+VERSION = 3
+MAX_MESSAGE_BYTES = 2**20  # a header of the largest shipment takes some 30 kB
+MAX_SHIPMENT_BYTES = 64 * 2**20  # of pages
 _LENGTH = struct.Struct(">I")
 
 Kind = Literal["latent", "index"]
@@ -37,9 +37,10 @@ class LinkConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
     pair_timeout_s: float = 10.0  # to make the process group
     retry_s: float = 0.1  # before the next attempt to pair; doubles up to max_retry_s
     max_retry_s: float = 2.0
-    # Of what is sent; what is received has the fixed limit. Each costs the host 0.3 to 0.7 ms, NVLink 0.1 ms for 32 MiB.
+    # Of pages in one buffer that is sent (`Pair` may make it less); what is received has the fixed limit.
     max_shipment_bytes: int = 32 * 2**20
-    max_in_flight: int = 4  # shipments sent and not yet answered, for each pair
+    # Buffers packed or sent and not yet answered, for each pair. A busy decode worker answers once a step.
+    max_in_flight: int = 8
 
     def __post_init__(self) -> None:
         if not 0 < self.max_shipment_bytes <= MAX_SHIPMENT_BYTES:
@@ -117,10 +118,11 @@ class Heartbeat(_Message, frozen=True, tag="heartbeat"):
 
 
 class Header(_Message, frozen=True, tag="shipment"):
-    """Prefill to decode: the payload of these pages follows, layer after layer, page after page.
+    """Prefill to decode: the payload of these pages follows, layer after layer, page after page, then their checksums.
 
+    The checksums travel behind the pages because the sender would have to wait for its GPU to put them here.
     page_indices: of the pages within their request; page_ids and generations: as the landing ticket named them.
-    checksums: int64, one a layer and page, in the payload's order. nbytes: of the payload.
+    nbytes: of the pages alone.
     """
 
     shipment_id: int  # also the tag of the payload; unique within the life of the pair
@@ -133,8 +135,11 @@ class Header(_Message, frozen=True, tag="shipment"):
     page_indices: list[int]
     page_ids: list[int]
     generations: list[int]
-    checksums: list[int]
     nbytes: int
+
+    @property
+    def payload_bytes(self) -> int:
+        return self.nbytes + CHECKSUM_BYTES * (self.layer_stop - self.layer_start) * len(self.page_ids)
 
 
 class Accepted(_Message, frozen=True, tag="accepted"):
@@ -228,8 +233,6 @@ def header_error(header: Header, fingerprint: Fingerprint) -> str | None:
         return (
             f"{num_pages} page ids, {len(header.page_indices)} indices, {len(header.generations)} generations"
         )
-    if len(header.checksums) != num_layers * num_pages:
-        return f"{len(header.checksums)} checksums for {num_layers} layers of {num_pages} pages"
     expected = num_layers * num_pages * fingerprint.page_bytes(header.kind)
     if header.nbytes != expected or expected > MAX_SHIPMENT_BYTES:
         return (

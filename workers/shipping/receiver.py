@@ -1,7 +1,7 @@
 """The decode side of shipping: listens for prefill workers and hands on what they bring.
 
-Whoever owns the page pool verifies a shipment, writes it (`verify_and_write`) and answers it. Nothing here touches a page
-or knows of engines.
+Whoever owns the page pool refuses a shipment or has it written (`write`), and once it is verified accepts it. Nothing here touches
+a page or knows of engines.
 """
 
 import logging
@@ -14,9 +14,9 @@ from workers.shipping.berth import Berth, Site
 from workers.shipping.counters import Counters
 from workers.shipping.pair import open_store
 from workers.shipping.protocol import Abandon, Commit, Fingerprint, Hello, Identity, LinkConfig
-from workers.shipping.shipment import Shipment, verify_and_write
+from workers.shipping.shipment import Shipment, staleness, warm, write
 
-__all__ = ["Commit", "Landing", "Shipment", "verify_and_write"]
+__all__ = ["Commit", "Landing", "Shipment", "staleness", "write"]
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +24,8 @@ log = logging.getLogger(__name__)
 class Landing:
     """Listens on `host` and, once started, `port`. Set the callbacks before `start`; they come on threads of the links.
 
+    on_shipment: to be refused, or written. on_verified: it was written, every page of it is right, and it is to be answered; wrong
+    ones were refused already.
     on_lost(prefill_worker, prefill_epoch): a link broke; what it had not committed will not come over it any more.
     """
 
@@ -38,6 +40,7 @@ class Landing:
         config: LinkConfig | None = None,
     ) -> None:
         self.on_shipment: Callable[[Shipment], None] = lambda shipment: shipment.refuse("nobody takes it")
+        self.on_verified: Callable[[Shipment], None] = lambda shipment: shipment.accept()
         self.on_commit: Callable[[Commit], None] = lambda commit: None
         self.on_abandon: Callable[[str], None] = lambda request_id: None
         self.on_lost: Callable[[str, int], None] = lambda prefill_worker, prefill_epoch: None
@@ -46,6 +49,7 @@ class Landing:
         fingerprint = Fingerprint.of(cache.layout, cache.latent.shape[0])
         self._identity = Identity(worker_id=worker_id, epoch=epoch, secret=secret, fingerprint=fingerprint)
         self._device = cache.latent.device
+        warm(cache)
         self._config = config or LinkConfig()
         self._counters = Counters(
             "landed_bytes", "refused_shipments", "refused_pages", "pairs_made", "pairs_lost"
@@ -69,6 +73,7 @@ class Landing:
             counters=self._counters,
             admit=self._admit,
             deliver=self._deliver,
+            verified=lambda shipment: self.on_verified(shipment),
             lost=self._lost,
             ended=self._ended,
         )

@@ -5,6 +5,7 @@ is read, so that they may be let go. Nothing here blocks, so an engine thread ma
 """
 
 import os
+import queue
 import threading
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -16,6 +17,7 @@ from workers.paged_cache import PagedCache
 from workers.shipping.counters import Counters
 from workers.shipping.lane import Destination, Lane, Origin
 from workers.shipping.protocol import Commit, Fingerprint, Header, LinkConfig
+from workers.shipping.shipment import warm
 
 CORRUPT_VARIABLE = "LIGHTSHIP_TEST_CORRUPT_SHIPMENT"
 _REMEMBERED_ENDS = 4096  # far more than there can be between an end and the caller's hearing of it
@@ -69,6 +71,13 @@ class Shipper:
         self._lanes: dict[str, Lane] = {}
         self._lane_of: dict[str, Lane] = {}  # of the requests that have not ended
         self._ended: dict[str, None] = {}  # newest last
+        self._unwritten: queue.SimpleQueue[tuple[torch.cuda.Event, Callable[[], None]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._watcher = threading.Thread(target=self._watch, name=f"written-{worker_id}", daemon=True)
+        warm(cache)
+        if self._origin.device.type == "cuda":
+            self._watcher.start()
 
     def set_peers(self, peers: dict[str, tuple[str, int, int]]) -> None:
         """Decode worker -> (host, port, epoch). Those left out, or here with another epoch or address, are let go."""
@@ -89,7 +98,7 @@ class Shipper:
     def counters(self) -> dict[str, float]:
         """Totals since the start.
 
-        shipped_bytes: payload, also of what was sent twice; shipped_header_bytes: the other messages, without heartbeats.
+        shipped_bytes: payload, also of what was sent twice; shipped_header_bytes: the checksums, and the other messages but heartbeats.
         shipped_pages: pages whose last layer was accepted. ship_seconds: time with a shipment under way, summed over lanes.
         """
         return self._counters.snapshot()
@@ -99,9 +108,7 @@ class Shipper:
 
         The pages must stay as they are until the request ends.
         """
-        device = self._origin.device
-        written = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-        self._post(ticket, lambda lane: lane.add(ticket, page_indices, page_ids, written))
+        self._post_written(ticket, lambda lane: lane.add(ticket, page_indices, page_ids))
 
     def commit(self, ticket: Ticket, token: int, finish: str | None, num_commits: int = 1) -> None:
         """After the last `ship`: hands over the first token, and the request with it, once every page was accepted.
@@ -109,7 +116,7 @@ class Shipper:
         num_commits: how many shippers share the request, each with its own pages and its own commit
         """
         commit = Commit(ticket.request_id, ticket.decode_epoch, len(ticket.pages), token, finish, num_commits)
-        self._post(ticket, lambda lane: lane.commit(commit))
+        self._post_written(ticket, lambda lane: lane.commit(commit))
 
     def abandon(self, ticket: Ticket) -> None:
         """Gives a request up; it ends with on_failed, unless it just ended otherwise."""
@@ -117,6 +124,9 @@ class Shipper:
 
     def close(self) -> None:
         """Ends every request and thread. May wait as long as a connection takes to time out."""
+        if self._watcher.is_alive():
+            self._unwritten.put(None)
+            self._watcher.join()
         with self._lock:
             lanes = list(self._lanes.values())
             self._lanes.clear()
@@ -124,6 +134,25 @@ class Shipper:
             lane.stop()
         for lane in lanes:
             lane.join()
+
+    def _post_written(self, ticket: Ticket, command: Callable[[Lane], None]) -> None:
+        """`_post`, on a GPU once what the caller's stream has queued so far is done; in the order of the calls.
+
+        A lane that waited for it would send nothing of other requests meanwhile, and the peer's receive would spin on its GPU.
+        """
+        device = self._origin.device
+        if device.type != "cuda":
+            self._post(ticket, command)
+            return
+        written = torch.cuda.Event(blocking=True)
+        written.record(torch.cuda.current_stream(device))
+        self._unwritten.put((written, lambda: self._post(ticket, command)))
+
+    def _watch(self) -> None:
+        while (item := self._unwritten.get()) is not None:
+            written, post = item
+            written.synchronize()
+            post()
 
     def _post(self, ticket: Ticket, command: Callable[[Lane], None]) -> None:
         """Has the request's lane run a command, unless the request has ended by then."""
@@ -171,6 +200,6 @@ def _corruption_from_environment() -> Callable[[Header, torch.Tensor], None] | N
 
     def flip(header: Header, payload: torch.Tensor) -> None:
         if header.kind == kind and next(numbers) == int(number):
-            payload[payload.numel() // 2] ^= 1
+            payload[header.nbytes // 2] ^= 1
 
     return flip

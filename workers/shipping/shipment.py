@@ -1,30 +1,43 @@
-"""Pages that have arrived but are not yet anyone's: what must hold before their bytes touch the cache.
+"""Pages that have arrived but are not yet anyone's: what must hold before they count.
 
-Knows nothing of links; whoever brings a shipment passes a function that answers for it.
+Knows nothing of links; whoever brings a shipment passes functions that judge and answer for it.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from workers.paged_cache import PagedCache
-from workers.shipping.protocol import CORRUPT, STALE_EPOCH, STALE_GENERATION, Accepted, Header, Refused
+from workers.shipping.protocol import STALE_EPOCH, STALE_GENERATION, Accepted, Header, Refused
 
-log = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which pages of a shipment were wrong, bool on the host, once `known` has happened; None: it has."""
+
+    wrong: torch.Tensor
+    known: torch.cuda.Event | None
+
+    def wait(self) -> list[int]:
+        """The numbers of the wrong pages within the payload, which were not written. Blocks this thread, not the device."""
+        if self.known is not None:
+            self.known.synchronize()
+        return self.wrong.nonzero().flatten().tolist()
 
 
 @dataclass(frozen=True, eq=False)
 class Shipment:
-    """`payload` is uint8 [header.nbytes], on the host or on the caches' device.
+    """`payload` is uint8 [header.payload_bytes] on the caches' device.
 
-    One of `accept` and `refuse` is called, once, by any thread; neither blocks or raises.
+    It is refused, or written by `write`, after which `judge` waits for the verdict elsewhere and has it refused or accepted. One
+    of `accept` and `refuse` is called, once, by any thread; neither blocks or raises.
     """
 
     header: Header
     payload: torch.Tensor
     prefill_epoch: int  # of the worker at the other end of the link: the header must name the same
+    judge: Callable[["Shipment", Verdict], None]
     answer: Callable[[Accepted | Refused], None]
 
     @property
@@ -40,7 +53,7 @@ class Shipment:
         return self.header.layer_stop - self.header.layer_start
 
     def accept(self) -> None:
-        """The pages were written; the sender will not send them again."""
+        """The pages were verified and written; the sender will not send them again."""
         self.answer(Accepted(self.header.shipment_id))
 
     def refuse(self, reason: str) -> None:
@@ -48,34 +61,48 @@ class Shipment:
         self.answer(Refused(self.header.shipment_id, reason))
 
 
-def verify_and_write(
-    shipment: Shipment, cache: PagedCache, *, generation_of: Callable[[int], int], epoch: int
-) -> str | None:
-    """Writes a shipment's pages if epochs, generations and checksums are right; otherwise returns why they are not.
-
-    generation_of: a page's generation now. epoch: this worker's. For the thread that owns the page pool and the cache.
-    """
+def staleness(shipment: Shipment, *, generation_of: Callable[[int], int], epoch: int) -> str | None:
+    """Why a shipment is of another time, None if it is not. generation_of: a page's generation now. epoch: this worker's."""
     header = shipment.header
     if header.decode_epoch != epoch or header.prefill_epoch != shipment.prefill_epoch:
         return STALE_EPOCH
     if [generation_of(page) for page in header.page_ids] != header.generations:
         return STALE_GENERATION
+    return None
+
+
+def write(shipment: Shipment, cache: PagedCache) -> None:
+    """Has a shipment's pages verified and those that are right written, and its judge told when the verdict will be known.
+
+    For the thread that owns the page pool and the cache. On a GPU it waits for nothing: all is queued on this thread's stream, before
+    anything that later reads the pages or gives them to someone else.
+    """
+    header, payload = shipment.header, shipment.payload
     pages = cache.latent if header.kind == "latent" else cache.index
-    payload = shipment.payload.to(pages.device)
-    if payload.is_cuda:  # it was allocated on the link's stream and is read on this one
-        payload.record_stream(torch.cuda.current_stream(payload.device))
-    checksums = torch.tensor(header.checksums, dtype=torch.int64, device=pages.device)
-    layers = (header.layer_start, header.layer_stop)
-    right = cache.ops.unpack_pages(payload, checksums, pages, layers, header.page_ids)
-    if bool(right.all()):
-        return None
-    places = (~right).view(-1, len(header.page_ids)).nonzero() + torch.tensor(
-        (layers[0], 0), device=right.device
-    )
-    log.warning(
-        "request %s: %s pages (layer, number) arrived corrupt: %s",
-        header.request_id,
-        header.kind,
-        places.tolist(),
-    )
-    return CORRUPT
+    with torch.cuda.device_of(pages):
+        wrong = cache.ops.unpack_pages(
+            payload, pages, (header.layer_start, header.layer_stop), header.page_ids
+        )
+        shipment.judge(shipment, _verdict(wrong, payload))
+
+
+def _verdict(wrong: torch.Tensor, payload: torch.Tensor) -> Verdict:
+    if not wrong.is_cuda:
+        return Verdict(wrong, None)
+    stream = torch.cuda.current_stream()
+    payload.record_stream(stream)  # it was allocated on the link's
+    on_host = torch.empty(wrong.shape, dtype=wrong.dtype, pin_memory=True).copy_(wrong, non_blocking=True)
+    known = torch.cuda.Event(blocking=True)
+    known.record(stream)
+    return Verdict(on_host, known)
+
+
+def warm(cache: PagedCache) -> None:
+    """Loads the kernels of shipping: loaded for the first time while a receive is pending, they could block behind it."""
+    if not cache.latent.is_cuda:
+        return
+    with torch.cuda.device_of(cache.latent):
+        for pages in (cache.latent, cache.index):
+            page = torch.zeros_like(pages[:1, :1])
+            payload = cache.ops.pack_pages(page, (0, 1), [0])
+            _verdict(cache.ops.unpack_pages(payload, page, (0, 1), [0]), payload).wait()
