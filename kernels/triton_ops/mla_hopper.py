@@ -2,12 +2,12 @@
 
 Three warpgroups share the work, because a 64 x 512 fp32 accumulator is half of the register file:
 
-    producer  reads FP8 rows, makes bf16 of them, and writes blocks of 64 tokens into two buffers of shared memory
-    left      logits, softmax, and the output's channels 0 .. 255
-    right     the output's channels 256 .. 511
+    filler  reads FP8 rows, makes bf16 of channels 0 .. 255, and writes blocks of 64 tokens into two buffers of shared memory
+    left    logits, softmax, and the output's channels 0 .. 255
+    right   the output's channels 256 .. 511; fills the same channels of the buffers, since it waits for `left` most of the time
 
 What keeps the tensor cores busy while `left` computes a softmax is `right`: it starts on a block only when the logits of the
-next one are done. The two halves of a buffer are filled and freed separately, each as soon as its last reader is through.
+next one are done. The two halves of a buffer are filled separately, each as soon as its last reader is through.
 Knows nothing of how tokens were selected: a row's tokens come from its slots or, all of them, from its page table.
 """
 
@@ -26,11 +26,14 @@ from kernels.triton_ops.mla_hopper_fill import (
     HALF,
     ROPE,
     TOKENS,
+    checked_slots,
     empty_left,
-    empty_right,
+    fill_left,
     full_left,
     full_right,
-    produce,
+    load_half,
+    load_slots,
+    store_half,
 )
 
 HEAD_TILE = 64
@@ -150,8 +153,8 @@ def _attend_tile(
     weights = gl.allocate_shared_memory(gl.bfloat16, [HEADS, TOKENS], BF16_SHARED)
     factors = gl.allocate_shared_memory(gl.float32, [HEADS], VECTOR_SHARED)
     hidden = gl.allocate_shared_memory(gl.float32, [2, TOKENS], VECTOR_SHARED)
-    bars = gl.allocate_shared_memory(gl.int64, [10, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(10):
+    bars = gl.allocate_shared_memory(gl.int64, [8, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(8):
         mbarrier.init(bars.index(i), count=1)
 
     base = query + row * query_row_stride
@@ -165,14 +168,15 @@ def _attend_tile(
     buffers = (left, right, rope, weights, factors, hidden, bars)
     queries = (query_left, query_right, query_rope)
     output = (out, lse, row_of_out, heads - first_head)
+    tokens = (words, scales, source, first, end, num_slots)
     gl.warp_specialize(
         [
             (_left, (buffers, queries, output, count, scale_log2, SPLITS)),
-            (_right, (buffers, query_right, output, count)),
-            (produce, (buffers, words, scales, source, first, end, num_slots, count, DENSE)),
+            (_right, (buffers, query_right, output, tokens, count, DENSE)),
+            (fill_left, (buffers, tokens, count, DENSE)),
         ],
         [4, 4],
-        [160, 128],
+        [192, 96],
     )
 
 
@@ -217,8 +221,8 @@ def _soften(logits, hidden, highest, total, scale_log2):
 @gluon.jit
 def _left(buffers, queries, output, count, scale_log2, SPLITS: gl.constexpr):
     left, right, rope, weights, factors, hidden, bars = buffers
-    weights_full = bars.index(8)
-    weights_empty = bars.index(9)
+    weights_full = bars.index(6)
+    weights_empty = bars.index(7)
     operand: gl.constexpr = gl.DotOperandLayout(0, OUT_LAYOUT, 2)
     of_out: gl.constexpr = gl.SliceLayout(1, OUT_LAYOUT)
     highest = gl.full([HEADS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS_LAYOUT))
@@ -264,33 +268,54 @@ def _left(buffers, queries, output, count, scale_log2, SPLITS: gl.constexpr):
     whole = gl.where(empty, nothing, (highest + gl.log2(total)) * LN_2)
     gl.store(lse + row_of_out + head, whole, mask=head < heads)
     acc = acc * gl.expand_dims(gl.convert_layout(inverse, of_out), 1)
-    _store_half(acc, out + row_of_out * LATENT, queries[0], heads)
+    _store_output(acc, out + row_of_out * LATENT, queries[0], heads)
 
 
 @gluon.jit
-def _right(buffers, query_right, output, count):
+def _right(buffers, query_right, output, tokens, count, DENSE: gl.constexpr):
+    """Multiplies with the right halves and, as soon as it is through with one, fills it for the block after the next."""
     left, right, rope, weights, factors, hidden, bars = buffers
-    weights_full = bars.index(8)
-    weights_empty = bars.index(9)
+    words, scales, source, first, end, num_slots = tokens
+    weights_full = bars.index(6)
+    weights_empty = bars.index(7)
     of_out: gl.constexpr = gl.SliceLayout(1, OUT_LAYOUT)
     acc = gl.zeros([HEADS, HALF], gl.float32, OUT_LAYOUT)
+
+    slot = checked_slots(load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
+    next_slots = load_slots(source, first, end, 1, DENSE)
+    quarter_2, quarter_3, scale_2, scale_3 = load_half(words, scales, slot, 2)
+    for block in gl.static_range(2):
+        _fill_right(buffers, block, count, quarter_2, quarter_3, scale_2, scale_3)
+        slot = checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
+        next_slots = load_slots(source, first, end, block + 2, DENSE)
+        quarter_2, quarter_3, scale_2, scale_3 = load_half(words, scales, slot, 2)
     for block in range(count):
-        buffer = block & 1
-        mbarrier.wait(full_right(bars, buffer), (block >> 1) & 1)
         mbarrier.wait(weights_full, block & 1)
         acc = acc * gl.expand_dims(factors.load(of_out), 1)
-        acc = warpgroup_mma(weights, right.index(buffer), acc, is_async=True)
+        acc = warpgroup_mma(weights, right.index(block & 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty_right(bars, buffer), count=1)
         mbarrier.arrive(weights_empty, count=1)
+        _fill_right(buffers, block + 2, count, quarter_2, quarter_3, scale_2, scale_3)
+        slot = checked_slots(next_slots, first, end, block + 3, num_slots, DENSE)
+        next_slots = load_slots(source, first, end, block + 4, DENSE)
+        quarter_2, quarter_3, scale_2, scale_3 = load_half(words, scales, slot, 2)
     mbarrier.wait(weights_full, count & 1)
     acc = acc * gl.expand_dims(factors.load(of_out), 1)
     out, lse, row_of_out, heads = output
-    _store_half(acc, out + row_of_out * LATENT + HALF, query_right, heads)
+    _store_output(acc, out + row_of_out * LATENT + HALF, query_right, heads)
 
 
 @gluon.jit
-def _store_half(acc, target, staging, heads):
+def _fill_right(buffers, block, count, quarter_2, quarter_3, scale_2, scale_3):
+    left, right, rope, weights, factors, hidden, bars = buffers
+    if block < count:
+        store_half(right.index(block & 1), quarter_2, quarter_3, scale_2, scale_3)
+        fence_async_shared()
+        mbarrier.arrive(full_right(bars, block & 1), count=1)
+
+
+@gluon.jit
+def _store_output(acc, target, staging, heads):
     """acc [HEADS, HALF] -> target, rows LATENT apart. bf16 goes through the query's shared memory, to be written in full lines."""
     if target.dtype.element_ty == gl.bfloat16:
         staging.store(acc.to(gl.bfloat16))

@@ -1,4 +1,4 @@
-"""Fills shared memory with FP8 latents made bf16, for the kernel in mla_hopper: the work of its producer warpgroup.
+"""Fills shared memory with FP8 latents made bf16, for the kernel in mla_hopper.
 
 A buffer has a left half (channels 0 .. 255), a right half (256 .. 511) and the roped keys, of 64 tokens. Barriers say when each
 half is full and when it may be filled again; `left` stands for the roped keys too. Knows nothing of queries.
@@ -20,18 +20,17 @@ QUARTER_WORDS = gl.constexpr(32)  # 128 channels that share a scale
 WORDS_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 4], [8, 4], [4, 1], [1, 0]))
 WORD_SHARED = gl.constexpr(gl.NVMMASharedLayout(128, 32, 2))
 
-# Four e4m3 become four bf16. An e4m3 shifted into a bf16 is 2^120 times too small, also where it is subnormal.
+# Four e4m3 become four bf16: each byte with its sign spread over a half word, moved to where a bf16 has exponent and mantissa.
+# That number is 2^120 times too small, also where it is subnormal.
 DEQUANTIZE = gl.constexpr("""{
-.reg .b32 low, high, sign, factor;
+.reg .b32 low, high, factor;
 mov.b32 factor, 0x7B807B80;
-prmt.b32 low, $2, 0, 0x1404;
-prmt.b32 high, $2, 0, 0x3424;
-and.b32 sign, low, 0x80008000;
-shr.u32 low, low, 4;
-lop3.b32 low, low, 0x07F007F0, sign, 0xEA;
-and.b32 sign, high, 0x80008000;
-shr.u32 high, high, 4;
-lop3.b32 high, high, 0x07F007F0, sign, 0xEA;
+prmt.b32 low, $2, 0, 0x9180;
+prmt.b32 high, $2, 0, 0xB3A2;
+shl.b32 low, low, 4;
+shl.b32 high, high, 4;
+and.b32 low, low, 0x87F087F0;
+and.b32 high, high, 0x87F087F0;
 mul.rn.bf16x2 low, low, factor;
 mul.rn.bf16x2 high, high, factor;
 mul.rn.bf16x2 $0, low, $3;
@@ -55,19 +54,14 @@ def empty_left(bars, buffer):
 
 
 @gluon.jit
-def empty_right(bars, buffer):
-    return bars.index(6 + buffer)
-
-
-@gluon.jit
-def _load_slots(source, first, end, block, DENSE: gl.constexpr):
+def load_slots(source, first, end, block, DENSE: gl.constexpr):
     """Slots int32 [TOKENS] of a block as they are in memory; of a page table, the page of each."""
     token = first + block * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, WORDS_LAYOUT))
     return gl.load(source + (token // TOKENS if DENSE else token), mask=token < end, other=-1)
 
 
 @gluon.jit
-def _checked_slots(loaded, first, end, block, num_slots, DENSE: gl.constexpr):
+def checked_slots(loaded, first, end, block, num_slots, DENSE: gl.constexpr):
     """What _load_slots returned -> slots int32 [TOKENS], -1 where there is no token."""
     offset = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, WORDS_LAYOUT))
     slot = loaded * TOKENS + offset if DENSE else loaded
@@ -76,70 +70,67 @@ def _checked_slots(loaded, first, end, block, num_slots, DENSE: gl.constexpr):
 
 
 @gluon.jit
-def _load_words(words, slot, WORD: gl.constexpr):
-    """32 words from WORD on of each row, zeros where there is no token."""
-    column = WORD + gl.arange(0, QUARTER_WORDS, layout=gl.SliceLayout(0, WORDS_LAYOUT))
+def load_half(words, scales, slot, QUARTER: gl.constexpr):
+    """256 channels of each row as words, by quarters, and their scales. A row that is not there has the scale zero; what is read
+    for it does not matter, since no code of e4m3 is dequantised to a NaN."""
+    row = gl.maximum(slot, 0).to(gl.int64) * ROW_WORDS
+    column = QUARTER * QUARTER_WORDS + gl.arange(0, QUARTER_WORDS, layout=gl.SliceLayout(0, WORDS_LAYOUT))
+    offsets = gl.expand_dims(row, 1) + gl.expand_dims(column, 0)
+    first = gl.load(words + offsets)
+    second = gl.load(words + offsets + QUARTER_WORDS)
+    first_scale = gl.load(scales + row + SCALE_WORD + QUARTER, mask=slot >= 0, other=0.0)
+    second_scale = gl.load(scales + row + SCALE_WORD + QUARTER + 1, mask=slot >= 0, other=0.0)
+    return first, second, first_scale, second_scale
+
+
+@gluon.jit
+def _load_keys(words, slot):
+    """The roped keys of each row as words, zeros where there is no token."""
+    column = KEY_WORD + gl.arange(0, QUARTER_WORDS, layout=gl.SliceLayout(0, WORDS_LAYOUT))
     offsets = gl.expand_dims(slot.to(gl.int64) * ROW_WORDS, 1) + gl.expand_dims(column, 0)
     return gl.load(words + offsets, mask=gl.expand_dims(slot >= 0, 1), other=0)
 
 
 @gluon.jit
-def _load_scale(scales, slot, QUARTER: gl.constexpr):
-    return gl.load(scales + slot.to(gl.int64) * ROW_WORDS + SCALE_WORD + QUARTER, mask=slot >= 0, other=0.0)
+def store_half(shared, first, second, first_scale, second_scale):
+    """256 channels of a block, dequantised, into shared memory bf16 [TOKENS, HALF]."""
+    pairs = shared._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
+    pairs.slice(0, HALF // 4, dim=1).store(_dequantized(first, first_scale))
+    pairs.slice(HALF // 4, HALF // 4, dim=1).store(_dequantized(second, second_scale))
 
 
 @gluon.jit
-def _store_quarter(shared, quarter, scale):
-    """128 channels of a block, dequantised, into shared memory. A scale is a power of two and fits a bf16; it is used in pairs."""
+def _dequantized(quarter, scale):
+    """Words of four e4m3 -> twice as many of two bf16. A scale is a power of two and fits a bf16; it is used in pairs."""
     bits = scale.to(gl.bfloat16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
     pair, quarter = gl.broadcast(gl.expand_dims(bits | (bits << 16), 1), quarter)
     low, high = gl.inline_asm_elementwise(
         DEQUANTIZE, "=&r,=&r,r,r", [quarter, pair], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
     )
-    shared.store(gl.reshape(gl.join(low, high), [TOKENS, 2 * QUARTER_WORDS]))
+    return gl.reshape(gl.join(low, high), [TOKENS, 2 * QUARTER_WORDS])
 
 
 @gluon.jit
-def produce(buffers, words, scales, source, first, end, num_slots, count, DENSE: gl.constexpr):
-    """Fills the buffers. Nothing that is loaded is used before the next block: a warp waits where it uses, not where it loads."""
+def fill_left(buffers, tokens, count, DENSE: gl.constexpr):
+    """Fills the left halves, the roped keys and what hides the tokens that are not there.
+
+    What is loaded is used one block later: a warp waits where it uses, and at a fence, not where it loads.
+    """
     left, right, rope, weights, factors, hidden, bars = buffers
-    slot = _checked_slots(_load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
-    next_slots = _load_slots(source, first, end, 1, DENSE)
-    quarter_0 = _load_words(words, slot, 0)
-    quarter_1 = _load_words(words, slot, 32)
-    key = _load_words(words, slot, KEY_WORD)
-    scale_0 = _load_scale(scales, slot, 0)
-    scale_1 = _load_scale(scales, slot, 1)
-    quarter_2 = _load_words(words, slot, 64)
-    quarter_3 = _load_words(words, slot, 96)
-    scale_2 = _load_scale(scales, slot, 2)
-    scale_3 = _load_scale(scales, slot, 3)
+    words, scales, source, first, end, num_slots = tokens
+    slot = checked_slots(load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
+    next_slots = load_slots(source, first, end, 1, DENSE)
+    quarter_0, quarter_1, scale_0, scale_1 = load_half(words, scales, slot, 0)
+    key = _load_keys(words, slot)
     for block in range(count):
         buffer = block & 1
-        phase = (block >> 1) & 1
-        left_words = left.index(buffer)._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
-        right_words = right.index(buffer)._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
-        rope_words = rope.index(buffer)._reinterpret(gl.int32, [TOKENS, ROPE // 2], WORD_SHARED)
-        mbarrier.wait(empty_left(bars, buffer), phase ^ 1)
+        mbarrier.wait(empty_left(bars, buffer), ((block >> 1) & 1) ^ 1)
         hidden.index(buffer).store(gl.where(slot < 0, float("-inf"), 0.0))
-        _store_quarter(left_words.slice(0, 64, dim=1), quarter_0, scale_0)
-        _store_quarter(left_words.slice(64, 64, dim=1), quarter_1, scale_1)
-        rope_words.store(key)
+        store_half(left.index(buffer), quarter_0, quarter_1, scale_0, scale_1)
+        rope.index(buffer)._reinterpret(gl.int32, [TOKENS, ROPE // 2], WORD_SHARED).store(key)
         fence_async_shared()
         mbarrier.arrive(full_left(bars, buffer), count=1)
-        slot = _checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
-        next_slots = _load_slots(source, first, end, block + 2, DENSE)
-        quarter_0 = _load_words(words, slot, 0)
-        quarter_1 = _load_words(words, slot, 32)
-        key = _load_words(words, slot, KEY_WORD)
-        scale_0 = _load_scale(scales, slot, 0)
-        scale_1 = _load_scale(scales, slot, 1)
-        mbarrier.wait(empty_right(bars, buffer), phase ^ 1)
-        _store_quarter(right_words.slice(0, 64, dim=1), quarter_2, scale_2)
-        _store_quarter(right_words.slice(64, 64, dim=1), quarter_3, scale_3)
-        fence_async_shared()
-        mbarrier.arrive(full_right(bars, buffer), count=1)
-        quarter_2 = _load_words(words, slot, 64)
-        quarter_3 = _load_words(words, slot, 96)
-        scale_2 = _load_scale(scales, slot, 2)
-        scale_3 = _load_scale(scales, slot, 3)
+        slot = checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
+        next_slots = load_slots(source, first, end, block + 2, DENSE)
+        quarter_0, quarter_1, scale_0, scale_1 = load_half(words, scales, slot, 0)
+        key = _load_keys(words, slot)
