@@ -119,6 +119,7 @@ def _join(before: Note, after: Note) -> Tokens | None:
         logprobs=[*before.logprobs, *after.logprobs] if both else None,  # type: ignore[misc]
         finish=after.finish,
         selected_pages=after.selected_pages,
+        decode_s=before.decode_s or after.decode_s,
     )
 
 

@@ -320,9 +320,11 @@ class Pilot:
             timing.first_token = time.monotonic() - timing.admitted_at
             timing.queue, timing.prefill = timing.waited + update.queued_s, update.prefill_s
             self._found(flight, update.num_cached_tokens or 0)
-        elif timing.second_token is None:
-            timing.second_token = time.monotonic() - timing.admitted_at
         flight.emitted.extend(update.tokens)
+        if timing.second_token is None and len(flight.emitted) > 1:
+            timing.second_token = time.monotonic() - timing.admitted_at
+            if timing.landed is not None:  # told together with the first step, which says how long it took
+                timing.landed = min(timing.landed, timing.second_token - update.decode_s)
         flight.finish = update.finish
         if flight.pair is None:
             self._gate.charge(flight.flow, len(update.tokens))

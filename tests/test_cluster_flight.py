@@ -16,11 +16,11 @@ from in_process_cluster import CONFIG, Cluster, alone, collect
 from oracle import Oracle
 
 from cluster.explanation import explain
-from cluster.fleet import Fleet
+from cluster.fleet import Fleet, Mailbox, WorkerLost
 from cluster.flight import Flight, Pilot, Reading, Step
 from kernels.rows import Rows
 from workers.attention import Indexer
-from workers.messages import Progress, Update
+from workers.messages import Progress, Tokens, Update
 from workers.page_hash import page_hashes
 from workers.request import SamplingParams
 from workers.tiny import write_tiny
@@ -29,7 +29,7 @@ from workers.tiny import write_tiny
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny(folder)
+    write_tiny(folder, num_hidden_layers=2)
     return folder
 
 
@@ -218,7 +218,7 @@ def test_what_was_read_is_counted_for_those_who_ask(
 
     cluster.run(work)
     recount = _recount(seen, 300, num_pages=6)  # no other request is as long
-    assert len(asking.selected_pages) == 4  # layers
+    assert len(asking.selected_pages) == 2  # layers
     assert asking.selected_pages == list(recount.values())
     assert all(sum(counts) == 23 * 64 for counts in asking.selected_pages)  # the last token is never computed
     assert short.selected_pages == []  # its only token came from prefill
@@ -241,7 +241,7 @@ def test_a_third_request_ships_only_what_the_decode_worker_lacks(model: Path) ->
         return shipped
 
     try:
-        page_bytes = 64 * 788 * 4  # 788 bytes a token and layer
+        page_bytes = 64 * 788 * 2  # 788 bytes a token and layer
         once, twice = cluster.run(work)
         assert once == 6 * page_bytes
         assert twice - once == 3 * page_bytes  # the last partial page of the first request is no prefix
@@ -291,3 +291,43 @@ def test_aborts_at_any_moment_return_every_page(cluster: Cluster) -> None:
     for running in cluster.all:
         assert not running.worker.jobs
         running.worker.ask(running.worker.engine.pools.check).result(timeout=5)
+
+
+def test_the_second_token_takes_what_shipping_and_the_first_decode_step_took(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[float] = []
+    put = Mailbox.put
+
+    def look(mailbox: Mailbox, update: Any) -> None:
+        if isinstance(update, Tokens) and update.start > 0:
+            told.append(update.decode_s)
+        put(mailbox, update)
+
+    monkeypatch.setattr(Mailbox, "put", look)
+    flight = _flight(31, 300, max_tokens=6)
+    cluster.run(lambda pilot, fleet: collect(pilot.fly(flight)))
+    timing = flight.timing
+    assert timing.ship is not None
+    assert timing.first_decode is not None
+    assert timing.second_token is not None
+    assert told[0] > 0 == sum(told[1:]), "the worker tells once how long its first step took"
+    assert timing.ship + timing.first_decode == pytest.approx(timing.second_token - timing.first_token)
+    # Landing is told with the step that follows it: what the gateway sees of it is no measure of that step.
+    assert timing.first_decode >= min(told[0], timing.second_token - timing.first_token)
+
+
+def test_tokens_that_are_joined_keep_how_long_the_first_step_took() -> None:
+    mailbox = Mailbox()
+    mailbox.put(Tokens(request_id="r", start=0, tokens=[1], queued_s=0.5, prefill_s=0.25))
+    mailbox.put(Tokens(request_id="r", start=1, tokens=[2], decode_s=0.125))
+    mailbox.put(Tokens(request_id="r", start=2, tokens=[3]))
+    update = asyncio.run(mailbox.get())
+    assert not isinstance(update, WorkerLost)
+    assert isinstance(update, Tokens)
+    assert (update.tokens, update.queued_s, update.prefill_s, update.decode_s) == (
+        [1, 2, 3],
+        0.5,
+        0.25,
+        0.125,
+    )

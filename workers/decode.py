@@ -10,6 +10,7 @@ Life of a request here:
   4. Tokens go to the gateway, one update a step, until the request ends; its pages stay as prefix cache.
 """
 
+import time
 from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
@@ -31,6 +32,7 @@ from workers.worker import Emit, Job, Worker
 class DecodeJob(Job):
     missing: dict[int, int] = field(default_factory=dict)  # page index -> layers x kinds that have not landed
     num_commits: int = 0
+    landed_at: float | None = None  # until that has been reported
 
 
 class DecodeWorker(Worker):
@@ -171,6 +173,7 @@ class DecodeWorker(Worker):
             self._end(job)
             self._fail(job, f"{len(job.missing)} pages of the prompt never landed", retry=True)
             return
+        job.landed_at = time.monotonic()
         self._send(job, Landed(commit.request_id))
         if self.engine.join(commit.request_id, commit.token) is not None:
             self._end(job)
@@ -189,8 +192,11 @@ class DecodeWorker(Worker):
         self._step_seconds += (
             SMOOTHING * (output.seconds - self._step_seconds) if self._step_seconds else output.seconds
         )
+        now = time.monotonic()
         for result in output.results:
             job = self.jobs[result.request.id]
+            decode_s = 0.0 if job.landed_at is None else now - job.landed_at
+            job.landed_at = None
             counts: PageCounts | None = job.request.page_counts if result.finish is not None else None
             self._send(
                 job,
@@ -202,6 +208,7 @@ class DecodeWorker(Worker):
                     finish=result.finish,
                     selected_pages=None if counts is None else counts.tolist(),
                     num_cached_tokens=job.request.num_cached_tokens,
+                    decode_s=decode_s,
                 ),
             )
             job.num_reported += 1

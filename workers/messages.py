@@ -85,6 +85,7 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens", kw_only=True):
     )
     queued_s: float = 0.0  # with the first update: time before the first step
     prefill_s: float = 0.0  # with the first update of a prefill worker: first step to first token
+    decode_s: float = 0.0  # with the first update of a decode worker: caches landed to its first token
 
 
 class Failed(msgspec.Struct, frozen=True, tag="failed"):
