@@ -16,7 +16,7 @@ test: $(VENV)/.dev  ## the whole test suite, on the CPU
 	$(BIN)/python -m pytest -m 'not ray and not slow' -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 	$(BIN)/python -m pytest -m 'ray and not slow' $(ARGS) || [ $$? = 5 ]  # 5: ARGS leaves none of them
 
-test-slow: $(VENV)/.dev  ## what starts clusters of several Ray nodes: 4 minutes on free cores, and not beside anything else
+test-slow: $(VENV)/.dev  ## three more services, on several Ray nodes and under kills: 5 minutes on free cores, and not beside anything else
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: $(VENV)/.dev  ## formatting, lint, types, import contracts, file sizes

@@ -52,7 +52,7 @@ class _Lines(logging.Handler):
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     config = ClusterConfig(
         tenants=[TenantConfig(name="acme", keys=[hashlib.sha256(KEY.encode()).hexdigest()])]
     )

@@ -31,7 +31,7 @@ LIMITS = {
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     config = ClusterConfig(
         tenants=[TenantConfig(name=name, keys=[hash_of(name)], limits=lim) for name, lim in LIMITS.items()],
         gateway=GatewayConfig(max_request_timeout_s=100.0, request_timeout_s=60.0, max_concurrency=10),

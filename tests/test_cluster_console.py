@@ -20,7 +20,7 @@ KEYS = {"alpha": "key-of-alpha", "beta": "key-of-beta"}
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_tiny(folder)
+    write_tiny(folder, num_hidden_layers=2)
     return folder
 
 

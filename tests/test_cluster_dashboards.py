@@ -46,7 +46,7 @@ def _write_rules(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     with running_gateway(folder / "model", folder) as running:
         yield running
 

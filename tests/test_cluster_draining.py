@@ -21,7 +21,7 @@ from workers.tiny import write_tiny
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny(folder)
+    write_tiny(folder, num_hidden_layers=2)
     return folder
 
 

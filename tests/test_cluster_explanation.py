@@ -22,7 +22,7 @@ PROMPT = list(range(20, 220))
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     with running_gateway(folder / "model", folder, each=2) as running:
         yield running
 

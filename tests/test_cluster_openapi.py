@@ -16,7 +16,7 @@ from workers.tiny import write_tiny
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     engine = msgspec.structs.replace(ENGINE, max_context=64)  # a body that names no length gets all there is
     with running_gateway(folder / "model", folder, engine=engine) as running:
         yield running
@@ -34,8 +34,8 @@ def test_every_route_is_in_the_document(gateway: Gateway) -> None:
 
 def test_any_body_gets_an_answer_or_a_named_refusal(gateway: Gateway) -> None:
     with httpx.Client(base_url=gateway.url, timeout=TIMEOUT_S) as client:
-        answers = fuzz(client, 80)
-    assert answers.total() == 80
+        answers = fuzz(client, 60)
+    assert answers.total() == 60
     assert sum(count for kind, count in answers.items() if kind.endswith("200")) > 10
 
 

@@ -26,7 +26,7 @@ OWN = "Where do I find the books on lighthouses, and which of them is the oldest
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("model")
-    write_tiny(folder)
+    write_tiny(folder, num_hidden_layers=2)
     return folder
 
 

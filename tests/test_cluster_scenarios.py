@@ -25,7 +25,7 @@ from workers.tiny import write_tiny
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     with running_gateway(folder / "model", folder) as running:
         body = {"model": "lightship", "prompt": [5] * 9, "max_tokens": 1}
         httpx.post(

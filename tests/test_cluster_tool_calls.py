@@ -38,7 +38,7 @@ NAMED: Any = {"type": "function", "function": {"name": "t"}}
 @pytest.fixture(scope="module", params=["v3.2", "v3.2-exp"])
 def gateway(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     folder = tmp_path_factory.mktemp("gateway")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     chat_format: ChatFormat = request.param
     with running_gateway(folder / "model", folder, ClusterConfig(chat_encoding=chat_format)) as running:
         yield running

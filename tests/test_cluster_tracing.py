@@ -82,7 +82,7 @@ def _chat(url: str, headers: dict[str, str], **more: Any) -> httpx.Response:
 def traced(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Collector, dict[str, httpx.Response]]]:
     """What came of some requests to a gateway that has since been stopped, so that everything has been sent."""
     folder = tmp_path_factory.mktemp("tracing")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     collector = Collector()
     thread = threading.Thread(target=collector.server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()

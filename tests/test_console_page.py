@@ -31,7 +31,7 @@ def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
 def talkative(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Gateway]:
     """With a model of random weights, which hardly ever ends its answer."""
     folder = tmp_path_factory.mktemp("talkative")
-    write_tiny(folder / "model")
+    write_tiny(folder / "model", num_hidden_layers=2)
     with running_gateway(folder / "model", folder) as running:
         yield running
 

@@ -73,7 +73,7 @@ def test_every_stage_trains_its_own_part_and_begins_with_the_one_before(tmp_path
     for name, learners in LEARNERS.items():
         if name != "dense":
             before = stored(run, list(LEARNERS)[list(LEARNERS).index(name) - 1])
-        train.train(name, run, 6.0, device="cpu")
+        train.train(name, run, 4.0, device="cpu")
         after = stored(run, name)
         changed = {part_of(key) for key in after if not torch.equal(after[key], before[key])}
         assert changed == set(learners.split()), name

@@ -3,7 +3,7 @@
 import pytest
 from structured_replies import show
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
 def test_every_reply_validates_though_a_decode_worker_is_killed() -> None:

@@ -26,7 +26,7 @@ TWO = EngineConfig(max_batched_tokens=100, cache_bytes=5 * 2**20, max_context=10
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny(folder, num_hidden_layers=3)
+    write_tiny(folder, num_hidden_layers=2)
     return folder
 
 

@@ -22,7 +22,7 @@ SOON = 10.0  # seconds
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
-    write_tiny(folder, num_hidden_layers=3)
+    write_tiny(folder, num_hidden_layers=2)
     return folder
 
 
@@ -52,9 +52,9 @@ def test_any_number_of_ranks_ships_to_any(model: Path) -> None:
     flights = [
         flight(10 * pair + number, length, pairs[pair])
         for pair in range(4)
-        for number, length in enumerate([1, 65, 300])
+        for number, length in enumerate([65, 300])
     ]
-    for number in (2, 5, 8, 11):
+    for number in (1, 3, 5, 7):
         flights[number].wants_selected_pages = True
 
     async def work(pilot: Pilot, _: Fleet) -> None:
@@ -67,8 +67,8 @@ def test_any_number_of_ranks_ships_to_any(model: Path) -> None:
         cluster.run(work)
         assert [flight.emitted for flight in flights] == alone(model, flights)
         assert not any(flight.restarts for flight in flights)
-        # Each of the twelve sampled rows but the first, in each of 3 layers, has selected its top-k of 64.
-        assert {sum(map(sum, flight.selected_pages)) for flight in flights[2::3]} == {3 * 11 * 64}
+        # Each of the twelve sampled rows but the first, in each of 2 layers, has selected its top-k of 64.
+        assert {sum(map(sum, flight.selected_pages)) for flight in flights[1::2]} == {2 * 11 * 64}
         wait_until(cluster.idle)
         num_pages = sum(-(-len(flight.prompt) // 64) for flight in flights)
         wait_until(lambda: total(cluster.prefills, "shipped_pages") == num_pages)
