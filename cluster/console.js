@@ -463,8 +463,9 @@ function showWorkers(workers) {
   document.querySelector('.workers').hidden = workers.length === 0;
 }
 
-function workerState({ alive, pairs, proven }) {
+function workerState({ alive, draining, pairs, proven }) {
   if (!alive) return ['bad', 'not heard of'];
+  if (draining) return ['waiting', 'draining'];
   if (pairs === 0) return ['waiting', 'no counterpart yet'];
   return [proven === pairs ? 'good' : 'waiting', `${proven} of ${counted(pairs, 'pair')} proven`];
 }

@@ -36,6 +36,7 @@ class WorkerView(msgspec.Struct, frozen=True, kw_only=True):
     worker: str
     role: str
     alive: bool  # this gateway hears from it
+    draining: bool  # takes no more requests, ends those it has, and goes
     pairs: int  # counterparts it is linked to
     proven: int  # of them, through which a real token has gone
     running: int
@@ -106,6 +107,7 @@ class Console:
             worker=connection.info.worker,
             role=connection.info.role,
             alive=connection.alive,
+            draining=load.draining,
             pairs=sum(connection.key in pair for pair in fleet.linked_pairs()),
             proven=sum(connection.key in pair for pair in fleet.routable_pairs()),
             running=load.running,

@@ -124,6 +124,7 @@ WORKERS = (
         Panel("One decode step", "s", {"{{worker}}": _each("step_seconds", 'role="decode"')}),
         Panel("Prefill of one token", "s", {"{{worker}}": _each("seconds_per_token", 'role="prefill"')}),
         Panel("Pairs alive", "none", {"{{worker}}": _each("pairs_alive")}),
+        Panel("Draining", "none", {"{{role}}": f"sum by (role) ({_each('draining')})"}),
     )),
     ("Pages", (
         Panel("Held by requests", "percentunit", {"{{worker}}": _each("kv_cache_usage_perc")}, "share of a worker's pages", maximum=1),

@@ -189,6 +189,12 @@ WORKER_GAUGES = (
     _gauge(
         "pairs_alive", "pairs", "counterparts it can ship to or receive from", lambda load: len(load.peers)
     ),
+    _gauge(
+        "draining",
+        "0 or 1",
+        "takes no more requests, ends those it has, and goes",
+        lambda load: load.draining,
+    ),
 )
 # What a worker counts in Load.counters. A restarted worker has another id, so its counters begin anew.
 WORKER_COUNTERS = (

@@ -130,6 +130,7 @@ def test_the_last_load_frame_of_each_worker(metrics: Metrics) -> None:
         cached_pages=30,
         held_pages=20,
         peers=[("d1", 7)],
+        draining=True,
         counters={"shipped_bytes": 4096.0, "of_another_version": 1.0},
     )
     metrics.observe_load("p1", "prefill", load)
@@ -140,6 +141,7 @@ def test_the_last_load_frame_of_each_worker(metrics: Metrics) -> None:
     assert seen["kv_cache_usage_perc", "prefill/p1"] == pytest.approx(0.2)
     assert seen["kv_cache_usage_perc", "decode/d1"] == 0
     assert seen["pairs_alive", "prefill/p1"] == 1
+    assert (seen["draining", "prefill/p1"], seen["draining", "decode/d1"]) == (1, 0)
     assert seen["shipped_bytes_total", "prefill/p1"] == 4096
     assert ("shipped_bytes_total", "decode/d1") not in seen
     assert not any("another_version" in name for name, _ in seen)

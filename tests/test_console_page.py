@@ -170,6 +170,14 @@ def test_thinking_is_shown_apart_and_a_reply_can_be_stopped(page: Page, talkativ
     _check(page, talkative)
 
 
+def test_a_worker_that_drains_is_shown(page: Page, talkative: Gateway) -> None:
+    """The last that `talkative` is good for."""
+    page.open(talkative.url)
+    page.wait("document.querySelector('#decode tr .state')?.innerText === '1 of 1 pair proven'")
+    assert talkative.cluster.decodes[0].drain(10)
+    page.wait("document.querySelector('#decode tr .state').innerText === 'draining'")
+
+
 def test_errors_are_sentences_and_a_key_stays_in_its_tab(page: Page, guarded: Gateway) -> None:
     page.open(guarded.url)
     page.wait("document.querySelector('#trouble').innerText.includes('No API key')")
