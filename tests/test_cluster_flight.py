@@ -99,7 +99,7 @@ def _seen(flight: Flight, events: list[object]) -> list[Reading]:
 def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
     cluster = Cluster(model)
     flights = [
-        _flight(100 + seed, 150 + 30 * seed, max_tokens=40, temperature=0.7, seed=seed) for seed in range(6)
+        _flight(100 + seed, 150 + 30 * seed, max_tokens=30, temperature=0.7, seed=seed) for seed in range(4)
     ]
     events: dict[Flight, list[object]] = {flight: [] for flight in flights}
     for flight in flights:
@@ -126,7 +126,7 @@ def test_a_stream_goes_on_when_its_decode_worker_is_lost(model: Path) -> None:
             assert processed == sorted(set(processed))
             assert processed[-1] == len(flight.prompt)
             counted = {sum(counts) for counts in flight.selected_pages}
-            assert counted == {39 * 64} if not flight.restarts else max(counted, default=0) <= 39 * 64
+            assert counted == {29 * 64} if not flight.restarts else max(counted, default=0) <= 29 * 64
             assert len({attempt.id for attempt in flight.attempts}) == 1 + flight.restarts
             explained = explain(0, flight)
             *failed, last = explained.attempts

@@ -75,16 +75,6 @@ def test_one_after_another_with_prefix_hits(cluster: Cluster, quiz: Quiz, expect
     assert [flight.num_hit for flight in asked] == [0] + [whole_pages] * (len(asked) - 1)
 
 
-def test_all_at_once(cluster: Cluster, quiz: Quiz, expected: list[list[int]]) -> None:
-    asked = flights(quiz, "at once")
-
-    async def work(pilot: Pilot, _: Fleet) -> None:
-        await asyncio.gather(*(collect(pilot.fly(flight)) for flight in asked))
-
-    cluster.run(work)
-    assert [flight.emitted for flight in asked] == expected
-
-
 def test_after_killed_workers(quiz: Quiz, expected: list[list[int]]) -> None:
     """A decode worker is lost in the middle of an answer, and a prefill worker while others are being read."""
     cluster, asked = Cluster(CHECKPOINT, ROOM), flights(quiz, "killed")

@@ -98,7 +98,7 @@ def engine(ops: Ops | None = None) -> Engine:
 
 @pytest.fixture(scope="module")
 def quiz() -> Quiz:
-    return make_quiz(load_tokenizer(CHECKPOINT), tokens=600, questions=4, seed=1)
+    return make_quiz(load_tokenizer(CHECKPOINT), tokens=600, questions=2, seed=1)
 
 
 def test_questions_do_not_disturb_each_other(quiz: Quiz) -> None:
