@@ -3,6 +3,7 @@
 A clock that counts its readings stands in for time, so that a stage has as many steps everywhere.
 """
 
+import functools
 import itertools
 from pathlib import Path
 
@@ -43,6 +44,12 @@ class Clock:
         return float(next(self._readings))
 
 
+@functools.cache
+def the_writer() -> Writer:
+    """It takes a second to make and remembers nothing."""
+    return Writer(make_tokenizer(), "cpu")
+
+
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train, "CONFIG", SMALL)
@@ -53,6 +60,7 @@ def little(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stage, "ramp", 1)
     monkeypatch.setattr(train, "CHECKED", ())
     monkeypatch.setattr(train, "time", Clock())
+    monkeypatch.setattr(train, "Writer", lambda tokenizer, device: the_writer())
 
 
 def part_of(name: str) -> str:
@@ -109,7 +117,7 @@ def _steps(run: train.Run) -> int:
 def test_the_loss_falls() -> None:
     torch.manual_seed(0)
     network = Network(ModelConfig.from_json(SMALL), "cpu")
-    writer, generator = Writer(make_tokenizer(), "cpu"), torch.Generator().manual_seed(0)
+    writer, generator = the_writer(), torch.Generator().manual_seed(0)
     chats = writer.chats(writer.write(2, sentences=4, facts=2, questions=2, generator=generator), generator)
     optimizer = torch.optim.AdamW(network.parameters(), lr=1e-2)
     losses = []
