@@ -125,17 +125,12 @@ class DecodeWorker(Worker):
             self._watch_grammar(job)
 
     def _land(self, shipment: Shipment) -> None:
-        reason = self._objection(shipment)
-        if reason is not None:
-            shipment.refuse(reason)
-        else:
+        if shipment.passes(self._objection(shipment)):
             write(shipment, self._cache)
 
     def _verified(self, shipment: Shipment) -> None:
         """Its pages are written and right; they count unless their request has ended meanwhile."""
-        reason = self._objection(shipment)
-        if reason is not None:
-            shipment.refuse(reason)
+        if not shipment.passes(self._objection(shipment)):
             return
         self._landed(self.jobs[shipment.request_id], shipment.page_indices, shipment.num_layers)
         shipment.accept()

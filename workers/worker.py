@@ -142,7 +142,7 @@ class Worker:
             use_threads(self.engine.config.threads)
         try:
             while not self._stopping:
-                self._drain()
+                self._run_commands()
                 self.engine.check()
                 if self.engine.has_work():
                     output = self.engine.step()
@@ -159,7 +159,7 @@ class Worker:
             self._drained.set()
             log.exception("worker %s: engine thread died", self.id)
 
-    def _drain(self) -> None:
+    def _run_commands(self) -> None:
         timeout = 0.0 if self.engine.has_work() else IDLE_S
         try:
             self._inbox.get(timeout=timeout)() if timeout else self._inbox.get_nowait()()

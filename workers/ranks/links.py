@@ -112,17 +112,12 @@ class DecodeLinks:
             self._expected.pop(message.request_id, None)
 
     def _land(self, shipment: Shipment) -> None:
-        reason = self._objection(shipment)
-        if reason is not None:
-            shipment.refuse(reason)
-        else:
+        if shipment.passes(self._objection(shipment)):
             write(shipment, self._cache)
 
     def _verified(self, shipment: Shipment) -> None:
         """Its pages are written and right; they count unless the leader has forgotten their request meanwhile."""
-        reason = self._objection(shipment)
-        if reason is not None:
-            shipment.refuse(reason)
+        if not shipment.passes(self._objection(shipment)):
             return
         expected = self._expected[shipment.request_id]
         expected.landed(shipment)

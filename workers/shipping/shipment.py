@@ -60,6 +60,12 @@ class Shipment:
         """The pages do not count. The sender sends a CORRUPT shipment once more; any other reason ends the request."""
         self.answer(Refused(self.header.shipment_id, reason))
 
+    def passes(self, objection: str | None) -> bool:
+        """Refuses it for the objection, if there is one; True if there is none."""
+        if objection is not None:
+            self.refuse(objection)
+        return objection is None
+
 
 def staleness(shipment: Shipment, *, generation_of: Callable[[int], int], epoch: int) -> str | None:
     """Why a shipment is of another time, None if it is not. generation_of: a page's generation now. epoch: this worker's."""
