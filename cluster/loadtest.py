@@ -179,6 +179,19 @@ def share(text: str) -> float:
     return value
 
 
+def add_lengths(parser: argparse.ArgumentParser) -> None:
+    """Options for how long prompts and answers are."""
+    parser.add_argument(
+        "--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)"
+    )
+    parser.add_argument(
+        "--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)"
+    )
+    parser.add_argument(
+        "--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)"
+    )
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m cluster.loadtest", description="Measures a running server."
@@ -203,15 +216,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--timeout", type=positive, default=300.0, help="seconds for one request (%(default)s)"
     )
-    parser.add_argument(
-        "--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)"
-    )
-    parser.add_argument(
-        "--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)"
-    )
-    parser.add_argument(
-        "--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)"
-    )
+    add_lengths(parser)
     parser.add_argument(
         "--warmup", type=int, default=2, help="requests sent before, not counted (%(default)s)"
     )

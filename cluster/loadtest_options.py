@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from cluster import client, loadtest_kill
-from cluster.loadtest import count, positive, share, token_range
+from cluster.loadtest import add_lengths, count, positive, share, token_range
 from cluster.loadtest_trace import BLOCK_TOKENS, Shape
 
 MAX_MINUTES = 24 * 60
@@ -101,15 +101,7 @@ def _sweep(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         help="share of the requests that must meet every SLO (%(default)s)",
     )
-    parser.add_argument(
-        "--input", type=token_range, default=(512, 512), help="prompt tokens: N or MIN:MAX (512)"
-    )
-    parser.add_argument(
-        "--output", type=token_range, default=(64, 64), help="output tokens: N or MIN:MAX (64)"
-    )
-    parser.add_argument(
-        "--shared-prefix", type=share, default=0.0, help="share of each prompt all have in common (0)"
-    )
+    add_lengths(parser)
     _common(parser)
 
 
