@@ -12,9 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports Triton: it looks when a kernel is defined
 
-if (
-    "PYTEST_XDIST_WORKER" in os.environ
-):  # a process for each core: more threads than cores take turns, and wait for each other
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # A process for each core: more threads than cores take turns, and wait for each other.
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
 

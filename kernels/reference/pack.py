@@ -51,9 +51,8 @@ def unpack_pages(
     end = len(numbers) * rows.shape[1]
     received, expected = payload[:end].view(-1, rows.shape[1]), payload[end:].view(torch.int64)
     wrong = checksums(received) != expected
-    if (
-        rows.is_cuda
-    ):  # wrong pages get what is there already: to leave them out, the host would have to know them
+    if rows.is_cuda:
+        # Wrong pages get what is there already: to leave them out, the host would have to know them.
         kept = torch.where(wrong.unsqueeze(1), rows.index_select(0, numbers), received)
         rows.index_copy_(0, numbers, kept)
     else:
