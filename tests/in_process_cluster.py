@@ -14,8 +14,9 @@ from cluster.flight import Flight, Pilot
 from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs
 from workers.config import EngineConfig
+from workers.page_hash import page_hashes
 from workers.ranks.shippers import Peer
-from workers.request import Request
+from workers.request import Request, SamplingParams
 from workers.start import RunningWorker, make_engine, start_worker
 
 SECRET = "secret"
@@ -105,6 +106,27 @@ class Cluster:
     def stop(self) -> None:
         for running in self.all:
             running.stop()
+
+
+def sampled_flight(
+    number: int,
+    num_tokens: int,
+    *,
+    max_tokens: int,
+    temperature: float = 0.9,
+    pair: tuple[str, str] | None = None,
+) -> Flight:
+    """A prompt and a sampling that follow from `number`."""
+    generator = random.Random(number)
+    prompt = [generator.randrange(10, 260) for _ in range(num_tokens)]
+    return Flight(
+        id=f"flight-{number}",
+        prompt=prompt,
+        sampling=SamplingParams(max_tokens=max_tokens, temperature=temperature, seed=number, ignore_eos=True),
+        namespace=b"test",
+        page_hashes=page_hashes(b"test", prompt),
+        pair=pair,
+    )
 
 
 async def collect(flights: AsyncIterator[object]) -> None:

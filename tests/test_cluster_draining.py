@@ -1,19 +1,16 @@
 """Workers that are told to go, and such that come later: no request fails and no token is lost or doubled."""
 
 import asyncio
-import random
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from in_process_cluster import Cluster, alone, collect, info, start
+from in_process_cluster import Cluster, alone, collect, info, sampled_flight, start
 
 from cluster.fleet import Fleet
 from cluster.flight import Flight, Pilot
 from cluster.proving import prove_pairs
-from workers.page_hash import page_hashes
-from workers.request import SamplingParams
 from workers.start import RunningWorker
 from workers.tiny import write_tiny
 
@@ -32,16 +29,8 @@ def cluster(model: Path) -> Iterator[Cluster]:
     running.stop()
 
 
-def _flight(number: int, num_tokens: int, *, max_tokens: int = 16) -> Flight:
-    generator = random.Random(number)
-    prompt = [generator.randrange(10, 260) for _ in range(num_tokens)]
-    return Flight(
-        id=f"flight-{number}",
-        prompt=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.7, seed=number, ignore_eos=True),
-        namespace=b"test",
-        page_hashes=page_hashes(b"test", prompt),
-    )
+def _flight(number: int, num_tokens: int) -> Flight:
+    return sampled_flight(number, num_tokens, max_tokens=16, temperature=0.7)
 
 
 class _Departure:

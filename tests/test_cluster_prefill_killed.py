@@ -1,7 +1,6 @@
 """A prefill worker's process is killed with a shipment half sent: over Gloo everywhere, over NCCL where there are two GPUs."""
 
 import asyncio
-import random
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -11,7 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 import torch
-from in_process_cluster import CONFIG, SECRET, alone, collect, info, start
+from in_process_cluster import CONFIG, SECRET, alone, collect, info, sampled_flight, start
 from shipping_sides import START, processes
 
 from cluster.controller import WorkerInfo
@@ -19,9 +18,7 @@ from cluster.fleet import Fleet
 from cluster.flight import Flight, Pilot
 from cluster.prefix_directory import PrefixDirectory
 from cluster.router import Costs
-from workers.page_hash import page_hashes
 from workers.ranks.shippers import Peer
-from workers.request import SamplingParams
 from workers.shipping.pair import Pair
 from workers.start import RunningWorker
 from workers.tiny import write_tiny
@@ -79,18 +76,6 @@ class PrefillProcess:
         self.process.join()
 
 
-def flight(number: int, num_tokens: int, max_tokens: int) -> Flight:
-    generator = random.Random(number)
-    prompt = [generator.randrange(10, 260) for _ in range(num_tokens)]
-    return Flight(
-        id=f"flight-{number}",
-        prompt=prompt,
-        sampling=SamplingParams(max_tokens=max_tokens, temperature=0.9, seed=number, ignore_eos=True),
-        namespace=b"test",
-        page_hashes=page_hashes(b"test", prompt),
-    )
-
-
 async def until(condition: Any, within: float = START) -> float:
     """Seconds it took."""
     started = time.monotonic()
@@ -117,7 +102,7 @@ async def story(decode: RunningWorker, victim: PrefillProcess, successor: Prefil
     try:
         await join(victim)
         pilot = Pilot(fleet, Costs(bytes_per_token=788 * 4), PrefixDirectory())
-        other, caught = flight(1, 150, 2000), flight(2, 700, 12)
+        other, caught = sampled_flight(1, 150, max_tokens=2000), sampled_flight(2, 700, max_tokens=12)
         others = asyncio.create_task(collect(pilot.fly(other)))
         await until(lambda: len(other.emitted) > 5)
         held = decode_worker.latest_load.held_pages

@@ -1,18 +1,15 @@
 """Prefill -> ship -> decode with one or two ranks on either side gives the tokens of one plain engine."""
 
 import asyncio
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from in_process_cluster import CONFIG, Cluster, alone, collect
+from in_process_cluster import CONFIG, Cluster, alone, collect, sampled_flight
 
 from cluster.fleet import Fleet
-from cluster.flight import Flight, Pilot
-from workers.page_hash import page_hashes
-from workers.request import SamplingParams
+from cluster.flight import Pilot
 from workers.start import RunningWorker
 from workers.tiny import write_tiny
 
@@ -26,19 +23,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def flight(number: int, num_tokens: int, pair: tuple[str, str]) -> Flight:
-    generator = random.Random(number)
-    prompt = [generator.randrange(10, 260) for _ in range(num_tokens)]
-    return Flight(
-        id=f"flight-{number}",
-        prompt=prompt,
-        sampling=SamplingParams(max_tokens=12, temperature=0.9, seed=number, ignore_eos=True),
-        namespace=b"test",
-        page_hashes=page_hashes(b"test", prompt),
-        pair=pair,
-    )
-
-
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + SOON
     while not condition():
@@ -50,7 +34,7 @@ def test_any_number_of_ranks_ships_to_any(model: Path) -> None:
     cluster = Cluster(model, CONFIG, ranks=(1, 2))
     pairs = [(p.worker.id, d.worker.id) for p in cluster.prefills for d in cluster.decodes]
     flights = [
-        flight(10 * pair + number, length, pairs[pair])
+        sampled_flight(10 * pair + number, length, max_tokens=12, pair=pairs[pair])
         for pair in range(4)
         for number, length in enumerate([65, 300])
     ]
