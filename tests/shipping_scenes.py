@@ -16,7 +16,9 @@ from shipping_sides import (
     START,
     Prefill,
     Sides,
+    assert_all_landed,
     assert_landed,
+    be_host,
     make_cache,
     make_ticket,
     processes,
@@ -30,18 +32,17 @@ PAGES_FREE_S = 5.0  # within which a decode worker must know that nothing more w
 
 
 def two_prefill_workers_to_one_decode_worker(sides: Sides, from_device: str, to_device: str) -> None:
-    side = sides.decode(device=to_device)
+    child = sides.decode_process(device=to_device)
     prefills = [sides.prefill(worker_id=f"p{n}", seed=n + 1, device=from_device) for n in range(2)]
     tickets = [make_ticket(f"r{n}", 15, above=20 * n) for n in range(2)]
     for prefill in prefills:
-        prefill.shipper.set_peers({"d": ("127.0.0.1", side.port(), 1)})
-    wait_until(lambda: len(side.landing.peers()) == 2 and all(p.shipper.peers() for p in prefills))
+        prefill.pair(child)
     for prefill, ticket in zip(prefills, tickets, strict=True):
         prefill.send(ticket, list(range(15)))
     for prefill, ticket in zip(prefills, tickets, strict=True):
         assert prefill.end() == (ticket.request_id, None)
-        assert torch.equal(side.cache.latent[:, ticket.pages].cpu(), prefill.cache.latent[:, :15].cpu())
-        assert torch.equal(side.cache.index[:, ticket.pages].cpu(), prefill.cache.index[:, :15].cpu())
+    landed = [(p.cache, ticket.pages, list(range(15))) for p, ticket in zip(prefills, tickets, strict=True)]
+    assert_all_landed(child, landed)
 
 
 def one_prefill_worker_to_two_decode_workers(sides: Sides, from_device: str, to_device: str) -> None:
@@ -91,8 +92,11 @@ class OtherWork:
                 self.steps += 1
 
 
-def stuck_prefill_process(pipe: Connection, port: int, epoch: int, stick_at_send: int, device: str) -> None:
+def stuck_prefill_process(
+    pipe: Connection, host: str, port: int, epoch: int, stick_at_send: int, device: str
+) -> None:
     """Ships one request; after the header of one shipment has left, its payload does not, and the pipe hears of it."""
+    be_host(host)
     torch.set_num_threads(1)
     sends = iter(range(1, 1000))
     send = Pair.send
@@ -120,7 +124,7 @@ def prefill_worker_killed_in_mid_shipment(sides: Sides, from_device: str, to_dev
         ours, theirs = processes.Pipe()
         process = processes.Process(
             target=stuck_prefill_process,
-            args=(theirs, side.port(), epoch, stick_at_send, from_device),
+            args=(theirs, sides.child_host, side.port(), epoch, stick_at_send, from_device),
             daemon=True,
         )
         process.start()

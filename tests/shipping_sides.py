@@ -34,6 +34,12 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["torch", "workers.shipping.sender", "workers.shipping.receiver"])
 
 
+def be_host(name: str) -> None:
+    """Makes NCCL take this process for a host of its own: two that share a GPU are then joined over the network. "" does not."""
+    if name:
+        os.environ["NCCL_HOSTID"] = name
+
+
 def make_cache(num_pages: int = NUM_PAGES, *, filled: int = 0, device: str = "cpu") -> PagedCache:
     """filled: a seed; 0 for zeros. The same seed gives the same bytes on every device."""
     ops = select("triton" if device.startswith("cuda") else "reference")
@@ -103,7 +109,8 @@ def page_bytes(pages: torch.Tensor) -> bytes:
     return pages.cpu().numpy().tobytes()
 
 
-def decode_process(pipe: Connection, *options: Any) -> None:
+def decode_process(pipe: Connection, host: str, *options: Any) -> None:
+    be_host(host)
     torch.set_num_threads(1)
     side = DecodeSide(*options)
     while (call := pipe.recv()) is not None:
@@ -115,12 +122,17 @@ class Child:
     """A decode worker in a process of its own; calls are those of DecodeSide."""
 
     def __init__(
-        self, epoch: int = 1, config: LinkConfig = CONFIG, device: str = "cpu", worker_id: str = "d"
+        self,
+        epoch: int = 1,
+        config: LinkConfig = CONFIG,
+        device: str = "cpu",
+        worker_id: str = "d",
+        host: str = "",
     ) -> None:
         self.epoch = epoch
         self._pipe, theirs = processes.Pipe()
         self.process = processes.Process(
-            target=decode_process, args=(theirs, epoch, config, device, worker_id), daemon=True
+            target=decode_process, args=(theirs, host, epoch, config, device, worker_id), daemon=True
         )
         self.process.start()
         theirs.close()
@@ -203,16 +215,23 @@ def assert_landed(
     child: Child, cache: PagedCache, ticket: Ticket, sources: list[int], first: int = 0
 ) -> None:
     """Exactly the pages of the ticket from `first` on hold the sources' bytes; every other page is untouched."""
-    latent, index = torch.zeros_like(cache.latent, device="cpu"), torch.zeros_like(cache.index, device="cpu")
-    latent[:, ticket.pages[first:]] = cache.latent[:, sources].cpu()
-    index[:, ticket.pages[first:]] = cache.index[:, sources].cpu()
-    assert child.call("pages") == (page_bytes(latent), page_bytes(index))
+    assert_all_landed(child, [(cache, ticket.pages[first:], sources)])
+
+
+def assert_all_landed(child: Child, landed: list[tuple[PagedCache, list[int], list[int]]]) -> None:
+    """Exactly these pages hold the bytes of these caches' sources."""
+    expected = make_cache()
+    for cache, pages, sources in landed:
+        expected.latent[:, pages] = cache.latent[:, sources].cpu()
+        expected.index[:, pages] = cache.index[:, sources].cpu()
+    assert child.call("pages") == (page_bytes(expected.latent), page_bytes(expected.index))
 
 
 class Sides:
-    """Makes workers and ends them with the test."""
+    """Makes workers and ends them with the test. child_host: the NCCL host that processes are which tests start."""
 
-    def __init__(self) -> None:
+    def __init__(self, child_host: str = "") -> None:
+        self.child_host = child_host
         self._ending = contextlib.ExitStack()
 
     def __enter__(self) -> "Sides":
@@ -222,7 +241,7 @@ class Sides:
         self._ending.close()
 
     def decode_process(self, **options: Any) -> Child:
-        child = Child(**options)
+        child = Child(host=self.child_host, **options)
         self._ending.callback(child.stop)
         return child
 

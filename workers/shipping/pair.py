@@ -117,8 +117,13 @@ def open_store(host: str) -> Any:
 
 
 def gpu_of(device: torch.device) -> str | None:
-    """Identity of a GPU, the same in every process; None for the CPU."""
-    return str(torch.cuda.get_device_properties(device).uuid) if device.type == "cuda" else None
+    """Identity of a GPU, the same in every process that NCCL takes to be on the same host; None for the CPU.
+
+    With an NCCL_HOSTID of its own a process is a host of its own to NCCL, which then joins it with any other, over the network.
+    """
+    if device.type != "cuda":
+        return None
+    return f"{os.environ.get('NCCL_HOSTID', '')}/{torch.cuda.get_device_properties(device).uuid}"
 
 
 def backend_for(ours: str | None, theirs: str | None) -> Backend:
