@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from kernels.layout import PAGE_SIZE
 from workers.config import EngineConfig
 from workers.engine import Engine
 from workers.paged_cache import PagedCache
+from workers.ranks import leader
 from workers.ranks.leader import RankLost
+from workers.ranks.messages import Failed, Hello, ToFollower, Wire
 from workers.request import Request, SamplingParams
 from workers.start import Role, make_engine
 from workers.tiny import write_tiny
@@ -77,6 +80,20 @@ def test_two_ranks_give_the_bits_of_one(model: Path, role: Role) -> None:
     assert ranked_results == results
     for ours, theirs in zip(ranked_pages, pages, strict=False):
         assert torch.equal(ours, theirs)
+
+
+def die_before_joining(host: str, port: int, secret: str, rank: int) -> None:
+    """A follower whose GPU, say, is not there."""
+    wire = Wire(socket.create_connection((host, port)), ToFollower)
+    wire.send(Hello(rank, secret))
+    wire.receive()
+    wire.send(Failed("there is no such device"))
+
+
+def test_a_follower_that_never_joins_is_an_error_soon(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leader, "run_follower", die_before_joining)
+    with pytest.raises(RankLost, match="rank 1 is gone: there is no such device"):
+        make_engine(model, TWO)
 
 
 @pytest.fixture

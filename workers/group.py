@@ -5,6 +5,7 @@ its own, after what was queued before it on the current stream. Knows nothing of
 """
 
 import os
+import threading
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -68,9 +69,13 @@ class Group:
         return Exchange(out, self._group.alltoall_base(_bytes(out), _bytes(x), [], []))
 
     def abort(self) -> None:
-        """Frees what NCCL is stuck in. Gloo notices by itself that a process has died."""
+        """Frees what NCCL is stuck in. Gloo notices by itself that a process has died.
+
+        On a thread, because the stuck work is freed at once while the call lasts until every recorded graph with a collective
+        in it is gone.
+        """
         if self._can_abort:
-            self._group.abort()
+            threading.Thread(target=self._group.abort, name="abort", daemon=True).start()
 
 
 def _bytes(x: torch.Tensor) -> torch.Tensor:

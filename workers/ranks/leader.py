@@ -9,6 +9,7 @@ import multiprocessing
 import secrets
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch.distributed as dist
 
 from workers.config import EngineConfig
 from workers.group import Group
-from workers.ranks.follower import JOIN_S, join_ranks, run_follower
+from workers.ranks.follower import JOIN_S, join_ranks, ready_key, run_follower
 from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, Ship, ToFollower, ToLeader, Wire
 from workers.shard import config_of
 
@@ -27,6 +28,7 @@ log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"  # followers are child processes
 DEAD_AFTER_S = 5.0  # a follower silent for so long is treated as dead
+_POLL_S = 0.02
 
 # torch does not declare it as public.
 _TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -160,6 +162,10 @@ class Followers:
             thread.start()
             self._threads.append(thread)
         device = torch.device(config_of(config, 0).device)
+        # A group waits far too long for a rank that has died on its way there.
+        while not store.check([ready_key(rank) for rank in self._wires]):
+            self.check()
+            time.sleep(_POLL_S)
         with self.watched():
             self.group = join_ranks(
                 store, rank=0, size=config.ranks, shares_rows=shares_rows, device=device, address=HOST
