@@ -1,11 +1,12 @@
 """The questions of the benchmark that take several processes: prefill -> ship -> decode of one request, and one rank against two.
 
 A prefill and a decode worker are started as a cluster starts them, each a process with GPUs of its own, and asked over their
-doors as a gateway asks. On one GPU they share it, and ship by Gloo.
+doors as a gateway asks. On one GPU they share it, each a host of its own to NCCL, which then joins them over the network.
 """
 
 import contextlib
 import multiprocessing
+import os
 import random
 import socket
 import statistics
@@ -51,8 +52,9 @@ def shipped(config: EngineConfig, *, layers: int, small: bool, lengths: list[int
     results: list[Result] = []
     outputs: list[list[int]] = []
     config = _with_room(config, layers, max(lengths))
-    gpus = torch.cuda.device_count()
-    decode_config = msgspec.structs.replace(config, device="cuda:1") if gpus > 1 else config
+    transport, decode_config = "Gloo" if config.device == "cpu" else "NCCL, one GPU", config
+    if torch.cuda.device_count() > 1:
+        transport, decode_config = "NCCL", msgspec.structs.replace(config, device="cuda:1")
     with (
         _slice(layers, small) as folder,
         _worker("decode", folder, decode_config) as decode,
@@ -62,7 +64,7 @@ def shipped(config: EngineConfig, *, layers: int, small: bool, lengths: list[int
         for length in sorted(lengths):
             _request(prefill, decode, _prompt(length, 0))  # warms what a length needs
             result, tokens = _request(prefill, decode, _prompt(length, 1))
-            results.append({"tokens": length, "transport": "NCCL" if gpus > 1 else "Gloo"} | result)
+            results.append({"tokens": length, "transport": transport} | result)
             outputs.append(tokens)
     with _slice(layers, small) as folder:
         engine, _ = make_engine(folder, config)
@@ -269,6 +271,8 @@ def _worker(
 def _serve(
     role: Role, folder: Path, config: EngineConfig, peers: dict[str, Peer], parent: Connection
 ) -> None:
+    if torch.cuda.device_count() == 1:
+        os.environ["NCCL_HOSTID"] = role
     worker = start_worker(
         role=role,
         model=folder,
