@@ -70,7 +70,7 @@ def warm_selection(model: Model, cache: PagedCache, *, max_rows: int, max_contex
     """Selects once for every order of magnitude of rows and context. Few rows of a long context are divided otherwise than many
     of a short one, by kernels of their own, and the first request that needs one would wait until it is compiled."""
     config, device = model.config, model.device
-    for width, count in itertools.product(_doublings(max_context // PAGE_SIZE), _doublings(max_rows)):
+    for width, count in itertools.product(doublings(max_context // PAGE_SIZE), doublings(max_rows)):
         if width * PAGE_SIZE < count:
             continue
         positions = torch.arange(width * PAGE_SIZE - count, width * PAGE_SIZE, device=device)
@@ -82,7 +82,7 @@ def warm_selection(model: Model, cache: PagedCache, *, max_rows: int, max_contex
         model.ops.select_tokens(queries, weights, cache.index[0], rows, config.index_topk, model.layout)
 
 
-def _doublings(largest: int) -> list[int]:
+def doublings(largest: int) -> list[int]:
     """1, 2, 4, ... and the largest."""
     return [1 << i for i in range(largest.bit_length()) if 1 << i < largest] + [largest]
 

@@ -24,7 +24,7 @@ from workers.ranks.runner import RankedRunner
 from workers.ranks.shippers import Peer, Shippers
 from workers.request import Request, SamplingParams
 from workers.server import WorkerServer
-from workers.shard import Shard, config_of, load_shard, max_context
+from workers.shard import Shard, config_of, doublings, load_shard, max_context
 from workers.shipping.receiver import Landing
 from workers.worker import Worker
 
@@ -131,11 +131,12 @@ def _load_beside(followers: Followers, model: Path, config: EngineConfig) -> Sha
 def _warm(engine: Engine, sparse_from: int) -> None:
     """Real prompts and decode steps, so that the first request finds everything loaded, compiled and tried.
 
-    sparse_from: also prompts of more tokens than that, which are not attended to as shorter ones are; as many as a step takes
+    sparse_from: also of every order of magnitude up to what a step takes, for which there are kernels of their own, and of one
+    token more than this: those beyond are not attended to as those before
     """
     lengths = {PAGE_SIZE + 1}
     if sparse_from:
-        lengths |= {sparse_from + 1, engine.config.max_batched_tokens}
+        lengths |= {sparse_from + 1, *doublings(engine.config.max_batched_tokens)}
     for number, length in enumerate(sorted(lengths)):
         tokens = [2 + (i + number) % 7 for i in range(length)]
         sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)

@@ -176,7 +176,7 @@ def _write_kernel(
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def _read_kernel(
     values,
     scales,

@@ -9,7 +9,7 @@ _CHANNELS = 64  # with more, the parts of a weight tile do not fit the registers
 _PROGRAMS = 132 * 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _exact_kernel(
     x_ptr,
     weight_ptr,

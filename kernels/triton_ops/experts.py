@@ -19,7 +19,7 @@ _PICKS_PER_PROGRAM = 128
 _COLUMNS_PER_PROGRAM = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks"])
 def _count_kernel(
     experts_ptr, counts_ptr, num_picks, num_experts, PICKS: tl.constexpr, EXPERTS: tl.constexpr
 ):
@@ -31,7 +31,7 @@ def _count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS), counts)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_picks", "num_tiles", "num_counts"])
 def _place_kernel(
     experts_ptr,
     counts_ptr,
@@ -74,7 +74,7 @@ def _place_kernel(
             tl.store(matrices_ptr + tiles, tl.where(owner < EXPERTS, owner, -1), mask=tiles < num_tiles)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _spread_kernel(
     x_ptr,
     positions_ptr,

@@ -14,7 +14,7 @@ def _first_best(scores, index):
     return tl.min(tl.where(scores == best, index, 0x7FFFFFFF), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "splits"])
 def _choose_kernel(
     parts_ptr,
     bias_ptr,
@@ -22,7 +22,7 @@ def _choose_kernel(
     weights_ptr,
     num_rows,
     scale,
-    SPLITS: tl.constexpr,
+    splits,
     GROUPS: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
     KEPT: tl.constexpr,
@@ -37,7 +37,7 @@ def _choose_kernel(
     experts = groups[:, None] * GROUP_SIZE + members[None, :]
     exist = (groups < GROUPS)[:, None] & (members < GROUP_SIZE)[None, :]
     logits = tl.zeros((PADDED_GROUPS, PADDED_SIZE), tl.float32)
-    for split in range(SPLITS):
+    for split in range(splits):
         part_ptr = parts_ptr + (split * num_rows + row) * (GROUPS * GROUP_SIZE)
         logits += tl.load(part_ptr + experts, mask=exist, other=0.0)
     scores = 1.0 / (1.0 + tl.exp(-logits))
@@ -92,7 +92,7 @@ def choose_experts(
         weights,
         num_rows,
         scale,
-        SPLITS=len(parts),
+        len(parts),
         GROUPS=num_groups,
         GROUP_SIZE=group_size,
         KEPT=kept_groups,

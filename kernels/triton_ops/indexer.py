@@ -197,7 +197,7 @@ def _normed(keys, norm_weight, norm_bias, mean, scale, source, channel, exists):
     return normed.to(keys.dtype.element_ty)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rotate_keys_kernel(
     keys,
     norm_weight,
@@ -241,7 +241,7 @@ def _write_keys(x, slots, row, exists, values, scales, PAGE_BYTES: tl.constexpr)
     tl.store(scales + (base + PAGE * 128) // 4 + offset, scale, mask=exists)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _write_kernel(x, values, scales, slots, num_rows, stride, PAGE_BYTES: tl.constexpr, ROWS: tl.constexpr):
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     exists = row < num_rows

@@ -37,7 +37,7 @@ class Tiling(NamedTuple):
     transposed: bool  # weights as the left operand, which cannot be lower than 64 rows: for few activations
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows", "blocks_per_split"])
 def fp8_product_kernel(
     x_desc,
     weight_desc,

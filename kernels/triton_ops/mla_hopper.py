@@ -93,7 +93,8 @@ def launch(
         capacity,
         q.shape[1],
         scale_log2,
-        SPLITS=splits,
+        splits,
+        WHOLE=splits == 1,
         HEAD_TILES=head_tiles,
         DENSE=dense,
         CAPACITY_PADDED=128 if dense else max(128, 1 << (capacity - 1).bit_length()),
@@ -102,7 +103,7 @@ def launch(
     )
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["num_rows", "slots_stride", "table_stride", "capacity", "splits"])
 def _attend_tile(
     query,
     words,
@@ -122,7 +123,8 @@ def _attend_tile(
     capacity,
     heads,
     scale_log2,
-    SPLITS: gl.constexpr,
+    splits,
+    WHOLE: gl.constexpr,
     HEAD_TILES: gl.constexpr,
     DENSE: gl.constexpr,
     CAPACITY_PADDED: gl.constexpr,
@@ -138,7 +140,7 @@ def _attend_tile(
         every = gl.arange(0, CAPACITY_PADDED, layout=gl.BlockedLayout([1], [32], [4], [0]))
         slot = gl.load(source + every, mask=every < capacity, other=-1)
         end = gl.max(gl.where((slot >= 0) & (slot < num_slots), every + 1, 0), 0)
-    per_split = gl.cdiv(gl.cdiv(end, TOKENS), SPLITS)
+    per_split = gl.cdiv(gl.cdiv(end, TOKENS), splits)
     first = split * per_split * TOKENS
     end = gl.minimum(end, first + per_split * TOKENS)
     # A split without tokens goes through one block that holds none: its sums come out as they should.
@@ -171,7 +173,7 @@ def _attend_tile(
     tokens = (words, scales, source, first, end, num_slots)
     gl.warp_specialize(
         [
-            (_left, (buffers, queries, output, count, scale_log2, SPLITS)),
+            (_left, (buffers, queries, output, count, scale_log2, WHOLE)),
             (_right, (buffers, query_right, output, tokens, count, DENSE)),
             (fill_left, (buffers, tokens, count, DENSE)),
         ],
@@ -219,7 +221,7 @@ def _soften(logits, hidden, highest, total, scale_log2):
 
 
 @gluon.jit
-def _left(buffers, queries, output, count, scale_log2, SPLITS: gl.constexpr):
+def _left(buffers, queries, output, count, scale_log2, WHOLE: gl.constexpr):
     left, right, rope, weights, factors, hidden, bars = buffers
     weights_full = bars.index(6)
     weights_empty = bars.index(7)
@@ -264,7 +266,7 @@ def _left(buffers, queries, output, count, scale_log2, SPLITS: gl.constexpr):
 
     out, lse, row_of_out, heads = output
     head = gl.arange(0, HEADS, layout=gl.SliceLayout(1, LOGITS_LAYOUT))
-    nothing = float("inf") if SPLITS == 1 else float("-inf")
+    nothing = float("inf") if WHOLE else float("-inf")
     whole = gl.where(empty, nothing, (highest + gl.log2(total)) * LN_2)
     gl.store(lse + row_of_out + head, whole, mask=head < heads)
     acc = acc * gl.expand_dims(gl.convert_layout(inverse, of_out), 1)

@@ -16,7 +16,7 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)  # the maximum of nothing: finite, so
 LOG2: tl.constexpr = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots_stride", "table_stride", "topk", "splits"])
 def attend_tile(
     query,
     values,
@@ -36,7 +36,8 @@ def attend_tile(
     topk,
     heads,
     scale_log2,
-    SPLITS: tl.constexpr,
+    splits,
+    WHOLE: tl.constexpr,
     DENSE: tl.constexpr,
     TOPK_PADDED: tl.constexpr,
     LATENT: tl.constexpr,
@@ -47,7 +48,7 @@ def attend_tile(
 ):
     """One tile of HEADS heads of one row over one split of its tokens.
 
-    out and lse: of the row itself (SPLITS 1), or fp32 [SPLITS, T, heads, ...] with an lse of -inf for a split without tokens.
+    out and lse: of the row itself (WHOLE: there is one split), or fp32 [splits, T, heads, ...] with an lse of -inf for a split without tokens.
     topk: slots of a row, or tokens that its page table has room for.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -60,7 +61,7 @@ def attend_tile(
         every = tl.arange(0, TOPK_PADDED)
         whole_row = tl.load(source + every, mask=every < topk, other=-1)
         end = tl.max(tl.where((whole_row >= 0) & (whole_row < num_slots), every + 1, 0), 0)
-    tokens_of_split = tl.cdiv(tl.cdiv(end, TOKENS), SPLITS) * TOKENS
+    tokens_of_split = tl.cdiv(tl.cdiv(end, TOKENS), splits) * TOKENS
     first = split * tokens_of_split
     end = tl.minimum(end, first + tokens_of_split)
 
@@ -106,39 +107,39 @@ def attend_tile(
 
     empty = total == 0
     acc = acc / tl.expand_dims(tl.where(empty, 1.0, total), 1)
-    nothing = float("inf") if SPLITS == 1 else float("-inf")
+    nothing = float("inf") if WHOLE else float("-inf")
     target = (split.to(tl.int64) * tl.num_programs(0) + row) * heads + head
     tl.store(lse + target, tl.where(empty, nothing, (highest + tl.log2(total)) * LOG2), mask=head < heads)
     target = tl.expand_dims(target * LATENT, 1) + latent_channels[None, :]
     tl.store(out + target, acc.to(out.dtype.element_ty), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_by_heads", "splits"])
 def combine_splits(
     partial,
     partial_lse,
     out,
     lse,
     rows_by_heads,
-    SPLITS: tl.constexpr,
-    SPLITS_PADDED: tl.constexpr,
+    splits,
+    MAX_SPLITS: tl.constexpr,
     LATENT: tl.constexpr,
 ):
-    """One head of one row: partial fp32 [SPLITS, T x H, LATENT] and their lse fp32 [SPLITS, T x H] -> out and lse."""
+    """One head of one row: partial fp32 [splits, T x H, LATENT] and their lse fp32 [splits, T x H] -> out and lse."""
     row = tl.program_id(0).to(tl.int64)
-    splits = tl.arange(0, SPLITS_PADDED)
-    parts = tl.load(partial_lse + splits * rows_by_heads + row, mask=splits < SPLITS, other=float("-inf"))
+    split = tl.arange(0, MAX_SPLITS)
+    parts = tl.load(partial_lse + split * rows_by_heads + row, mask=split < splits, other=float("-inf"))
     highest = tl.max(parts, 0)
     empty = highest == float("-inf")
     total = tl.sum(tl.exp(parts - tl.where(empty, 0.0, highest)), 0)
     whole = tl.where(empty, float("inf"), highest + tl.log(total))
     channels = tl.arange(0, LATENT)
     acc = tl.zeros((LATENT,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        part = tl.load(partial_lse + split * rows_by_heads + row)
-        values = tl.load(
-            partial + (split * rows_by_heads + row) * LATENT + channels, mask=part > float("-inf"), other=0.0
-        )
-        acc += tl.exp(part - whole) * values
+    for first in range(0, splits, 8):
+        for index in tl.static_range(8):  # eight parts under way
+            at = (first + index) * rows_by_heads + row
+            part = tl.load(partial_lse + at, mask=first + index < splits, other=float("-inf"))
+            values = tl.load(partial + at * LATENT + channels, mask=part > float("-inf"), other=0.0)
+            acc += tl.exp(part - whole) * values
     tl.store(out + row * LATENT + channels, acc.to(out.dtype.element_ty))
     tl.store(lse + row, whole)

@@ -47,7 +47,7 @@ def _rms_norm_kernel(
         tl.store(scales_ptr + row * row_stride + blocks * block_stride, scales, mask=blocks * 128 < channels)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _swiglu_kernel(
     gate_ptr,
     up_ptr,

@@ -127,7 +127,7 @@ def index_views(pages: torch.Tensor, layout: CacheLayout) -> tuple[torch.Tensor,
     return pages.view(torch.float8_e4m3fn), pages.view(torch.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_pairs"])
 def _quantize_kernel(
     q, weights, values, factors, num_pairs, heads, row_stride, head_stride, weight_stride, PAIRS: tl.constexpr
 ):

@@ -96,7 +96,7 @@ def _select(
         LISTED=lists is not None,
         PARTS=plan.parts,
         CAPACITY=plan.capacity,
-        CHUNK=plan.groups // 2 if lists is not None else triton.next_power_of_2(max(width, 16)),
+        CHUNK=plan.groups // 2 if lists is not None else triton.next_power_of_2(max(width, topk, 16)),
         SLOTS=page_table is not None,
         num_warps=8,
     )
@@ -194,7 +194,7 @@ def _places(keys, threshold, better, ties, rest):
     return chosen, places, better + (total & 0xFFFF), ties + (total >> 16)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _group_kernel(
     scores,
     lengths,
@@ -220,7 +220,7 @@ def _group_kernel(
         tl.store(best + row * GROUPS + columns, tl.max(keys, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _list_kernel(
     scores,
     lengths,
@@ -356,7 +356,7 @@ def _pick_best(
         first += CHUNK
 
 
-@triton.jit(do_not_specialize=["table_stride"])
+@triton.jit(do_not_specialize=["table_stride"], do_not_specialize_on_alignment=["lengths", "owners"])
 def _pick_kernel(
     scores,
     lengths,
