@@ -103,13 +103,17 @@ def pair(model: Path) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_follower_is_an_error_soon(pair: Engine, number: signal.Signals) -> None:
-    pair.add(request("a", PROMPTS["long"]))
-    pair.step()
-    (process,) = pair._runner._followers._processes  # type: ignore[attr-defined]
+def lose_follower(engine: Engine, number: signal.Signals) -> None:
+    engine.add(request("a", PROMPTS["long"]))
+    engine.step()
+    (process,) = engine._runner._followers._processes  # type: ignore[attr-defined]
     os.kill(process.pid, number)
     lost_at = time.monotonic()
     with pytest.raises(RankLost, match="rank 1 is gone"):
-        run(pair)
+        run(engine)
     assert time.monotonic() - lost_at < SOON
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_follower_is_an_error_soon(pair: Engine, number: signal.Signals) -> None:
+    lose_follower(pair, number)

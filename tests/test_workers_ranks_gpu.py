@@ -1,20 +1,16 @@
 """A worker of two ranks over NCCL: on two GPUs, or on one that they share, where NCCL takes each for a host of its own."""
 
-import os
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from shipping_sides import be_host
-from test_workers_ranks import SOON, tokens
+from test_workers_ranks import lose_follower, run, tokens
 
 from workers import start
 from workers.config import EngineConfig
-from workers.engine import Engine
 from workers.ranks import follower, leader
-from workers.ranks.leader import RankLost
 from workers.request import Request, SamplingParams
 from workers.start import Role, make_engine
 from workers.tiny import write_tiny
@@ -58,11 +54,6 @@ def greedy(seed: int, length: int) -> Request:
     return Request(str(seed), tokens(seed, length), length, sampling, b"tenant")
 
 
-def run(engine: Engine) -> None:
-    while engine.has_work():
-        engine.step()
-
-
 def serve(model: Path, config: EngineConfig, role: Role) -> list[list[int]]:
     """Greedy: on a GPU the last bits depend on how many rows are computed together."""
     engine, _ = make_engine(model, config, role=role)
@@ -85,14 +76,7 @@ def test_two_ranks_give_the_tokens_of_one(model: Path, role: Role) -> None:
 def test_a_lost_follower_is_an_error_soon_and_the_gpu_stays(model: Path, number: signal.Signals) -> None:
     engine, _ = make_engine(model, TWO, role="decode")
     try:
-        engine.add(greedy(0, 700))
-        engine.step()
-        (process,) = engine._runner._followers._processes  # type: ignore[attr-defined]
-        os.kill(process.pid, number)
-        lost_at = time.monotonic()
-        with pytest.raises(RankLost, match="rank 1 is gone"):
-            run(engine)
-        assert time.monotonic() - lost_at < SOON
+        lose_follower(engine, number)
     finally:
         engine.close()
     assert float(torch.ones(8, device="cuda:0").sum()) == 8
