@@ -74,6 +74,7 @@ def _workers(role: Literal["prefill", "decode"], config: ClusterConfig) -> Any:
         health_check_period_s=1,
         health_check_timeout_s=5,
         graceful_shutdown_timeout_s=of_role.drain_s + STOP_S,
+        graceful_shutdown_wait_loop_s=0.1,  # for Serve's own routers to hear of it, but gateways reach workers by themselves
     )(WorkerReplica)
 
 
