@@ -41,10 +41,21 @@ from cluster.serve import DEMO_MODEL
 from cluster.structured import StructuredOutput
 from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
-from workers.messages import HEARTBEAT_S, Frame, Landed, Load, Prefill, Reserve, Ticket, Ticketed, ToWorker
+from workers.messages import (
+    HEARTBEAT_S,
+    Frame,
+    Landed,
+    Load,
+    Prefill,
+    Reserve,
+    Ticket,
+    Ticketed,
+    ToWorker,
+    pack,
+    read_body,
+)
 from workers.messages import Tokens as TokensUpdate
 from workers.model_config import ModelConfig
-from workers.server import pack, read_body
 
 EPOCH = 1
 STEPS_S = {

@@ -13,8 +13,7 @@ from collections.abc import Callable
 import msgspec
 
 from cluster.controller import WorkerInfo
-from workers.messages import Abort, Frame, Hello, Load, Tokens, ToWorker, Update
-from workers.server import pack, read_body
+from workers.messages import Abort, Frame, Hello, Load, Tokens, ToWorker, Update, pack, read_body
 
 log = logging.getLogger(__name__)
 

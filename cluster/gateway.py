@@ -31,10 +31,9 @@ from cluster.structured import StructuredOutput
 from cluster.tenants import Tenants
 from cluster.tokenizer import Tokenizer
 from cluster.tracing import Tracing
-from kernels.layout import PAGE_SIZE
+from kernels.layout import PAGE_SIZE, num_pages_for
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
-from workers.paged_cache import num_pages_for
 
 log = logging.getLogger(__name__)
 

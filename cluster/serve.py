@@ -24,8 +24,8 @@ from cluster.config import ClusterConfig, ConfigError, LedgerConfig, PublicPrefi
 from cluster.ledger import Ledger, LedgerUnavailable
 from cluster.public_prefix import PublicPrefixes
 from cluster.tokenizer import Tokenizer
+from kernels.layout import num_pages_for
 from workers.model import load_model
-from workers.paged_cache import num_pages_for
 
 # Ray Serve reads these at import, in every process. gRPC between replicas: 6.7 -> 1.9 ms for a trivial request (default Serve
 # on two cores); an ASGI app on the replica's own loop costs no thread hop per chunk.

@@ -67,3 +67,14 @@ class CacheLayout:
     def token_bytes(self) -> int:
         """Both caches of one layer for one token: 788 at the V3.2 sizes, quantised."""
         return self.page_bytes // PAGE_SIZE
+
+
+def num_pages_for(cache_bytes: int, layout: CacheLayout, num_layers: int) -> int:
+    """How many pages, over all layers and both caches, fit into `cache_bytes`. ValueError if not even one does."""
+    page_bytes = num_layers * layout.page_bytes
+    if cache_bytes < page_bytes:
+        raise ValueError(
+            f"cache_bytes is {cache_bytes}, but one page of {PAGE_SIZE} tokens takes {page_bytes} bytes "
+            f"in the {num_layers} layers of this model"
+        )
+    return cache_bytes // page_bytes

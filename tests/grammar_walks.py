@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cluster.tokenizer import Tokenizer
@@ -56,8 +57,8 @@ class Walk:
         masks, failed = self._grammars.masks([request])
         assert masks is not None
         assert not failed, failed
-        bits = (masks.bits[0].unsqueeze(-1) >> torch.arange(32)) & 1
-        return bits.flatten().nonzero().flatten().tolist()
+        bits = (masks.bits[0][:, None] >> np.arange(32)) & 1
+        return np.flatnonzero(bits).tolist()
 
     def step(self, request: Request, bias: torch.Tensor) -> int:
         masks, failed = self._grammars.masks([request])

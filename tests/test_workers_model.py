@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kernels.layout import CacheLayout
+from kernels.layout import CacheLayout, num_pages_for
 from kernels.reference.norm import layer_norm, sigmoid
 from kernels.reference.rope import rotate_halves, rotate_neighbours
 from kernels.rows import Rows
@@ -18,7 +18,7 @@ from workers.config import EngineConfig
 from workers.layers import RMSNorm
 from workers.model import Model, load_model
 from workers.model_config import ModelConfig
-from workers.paged_cache import PagedCache, num_pages_for
+from workers.paged_cache import PagedCache
 from workers.rope import RopeTable, frequencies
 from workers.tiny import write_tiny
 

@@ -191,7 +191,7 @@ def masks_of(rows: list[int], allowed: list[set[int]], vocab: int) -> Masks:
     for row, tokens in zip(bits, allowed, strict=True):
         for token in tokens:
             row[token // 32] |= 1 << token % 32
-    return Masks(rows, bits.to(torch.uint32).view(torch.int32))
+    return Masks(rows, bits.to(torch.uint32).view(torch.int32).numpy())
 
 
 @pytest.mark.parametrize("vocab", [12, 32, 65])

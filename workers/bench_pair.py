@@ -26,10 +26,21 @@ from kernels.layout import PAGE_SIZE, CacheLayout
 from workers.bench_bed import SEED, write_slice
 from workers.config import EngineConfig
 from workers.engine import Engine
-from workers.messages import Failed, Frame, Hello, Landed, Load, Prefill, Reserve, Ticketed, Tokens, Update
+from workers.messages import (
+    Failed,
+    Frame,
+    Hello,
+    Landed,
+    Load,
+    Prefill,
+    Reserve,
+    Ticketed,
+    Tokens,
+    Update,
+    pack,
+)
 from workers.ranks.shippers import Peer
 from workers.request import Request, SamplingParams
-from workers.server import pack
 from workers.start import Role, make_engine, start_worker
 
 HOST, SECRET = "127.0.0.1", "bench"

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import llguidance
 import numpy as np
-import torch
 
 from workers.request import Grammar, Request
 from workers.vocabulary import Vocabulary
@@ -124,7 +123,7 @@ class Masks(NamedTuple):
     """rows: those of the logits that a grammar rules. bits: int32 [len(rows), W], a bit for each token that is allowed."""
 
     rows: list[int]
-    bits: torch.Tensor
+    bits: np.ndarray
 
 
 class Grammars:
@@ -154,7 +153,7 @@ class Grammars:
             except GrammarError as error:
                 failed[request.id] = str(error)
                 allowed[:] = 2**32 - 1  # what is sampled for it now is thrown away
-        return Masks(ruled, torch.from_numpy(bits.view(np.int32))), failed
+        return Masks(ruled, bits.view(np.int32)), failed
 
     def close(self) -> None:
         self._thread.shutdown()

@@ -4,12 +4,18 @@ Each message is a 4-byte big-endian length and a msgpack body. A worker answers 
 holding every update of that gateway, and one at least every HEARTBEAT_S, so that silence means a frozen worker.
 """
 
+import asyncio
+import struct
+
 import msgspec
 
 from workers.request import SamplingParams, TokenLogprobs
 
 PROTOCOL_VERSION = 4
 HEARTBEAT_S = 0.2
+MAX_MESSAGE_BYTES = 64 * 2**20
+_LENGTH = struct.Struct(">I")
+_encoder = msgspec.msgpack.Encoder()
 
 
 class Ticket(msgspec.Struct, frozen=True, array_like=True):
@@ -128,3 +134,17 @@ class Frame(msgspec.Struct, frozen=True):
     epoch: int
     load: Load
     updates: list[Update] = []
+
+
+def pack(message: object) -> bytes:
+    """A message with its length in front."""
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+async def read_body(reader: asyncio.StreamReader) -> bytes:
+    """The next message's body. Raises asyncio.IncompleteReadError at the end and ConnectionError on an absurd length."""
+    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+    if length > MAX_MESSAGE_BYTES:
+        raise ConnectionError(f"a message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
+    return await reader.readexactly(length)

@@ -67,7 +67,9 @@ def _logprobs(
 
 def _allowed(logits: torch.Tensor, masks: Masks) -> torch.Tensor:
     """The logits, -inf where a grammar forbids a token."""
-    rows, bits = (to_device(part, logits.device) for part in (torch.tensor(masks.rows), masks.bits))
+    rows, bits = (
+        to_device(part, logits.device) for part in (torch.tensor(masks.rows), torch.from_numpy(masks.bits))
+    )
     places = torch.arange(32, dtype=torch.int32, device=logits.device)
     forbidden = ((bits.unsqueeze(-1) >> places) & 1).flatten(1)[:, : logits.shape[1]] == 0
     return logits.index_copy(0, rows, logits[rows].masked_fill(forbidden, -torch.inf))

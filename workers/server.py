@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import hmac
 import logging
-import struct
 import threading
 import time
 from collections.abc import Coroutine, Hashable
@@ -25,30 +24,15 @@ from workers.messages import (
     Submit,
     ToWorker,
     Update,
+    pack,
+    read_body,
 )
 from workers.worker import Worker
 
 log = logging.getLogger(__name__)
 
-MAX_MESSAGE_BYTES = 64 * 2**20
 MAX_UNSENT_BYTES = 64 * 2**20  # a gateway that reads slower than this is treated as gone
-_LENGTH = struct.Struct(">I")
 _decoder = msgspec.msgpack.Decoder(ToWorker)
-_encoder = msgspec.msgpack.Encoder()
-
-
-def pack(message: object) -> bytes:
-    """A message with its length in front."""
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-async def read_body(reader: asyncio.StreamReader) -> bytes:
-    """The next message's body. Raises asyncio.IncompleteReadError at the end and ConnectionError on an absurd length."""
-    (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
-    if length > MAX_MESSAGE_BYTES:
-        raise ConnectionError(f"a message of {length} bytes; the limit is {MAX_MESSAGE_BYTES}")
-    return await reader.readexactly(length)
 
 
 class WorkerServer:

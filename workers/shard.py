@@ -9,7 +9,7 @@ import torch
 
 from kernels import dispatch
 from kernels.dispatch import Ops
-from kernels.layout import PAGE_SIZE
+from kernels.layout import PAGE_SIZE, num_pages_for
 from kernels.rows import Rows
 from workers import memory
 from workers.config import EngineConfig
@@ -17,7 +17,7 @@ from workers.graphs import DecodeGraphs
 from workers.group import ALONE, Group
 from workers.model import Model, load_model
 from workers.model_config import ModelConfig
-from workers.paged_cache import PagedCache, num_pages_for
+from workers.paged_cache import PagedCache
 from workers.runner import Runner
 
 
