@@ -4,6 +4,7 @@ interpreter."""
 import os
 import random
 import zlib
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -21,6 +22,14 @@ hypothesis.settings.register_profile(
     "lightship", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("lightship")
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Who asks for the tests of one marker only need not wait until all others have been imported."""
+    marker = config.option.markexpr.partition(" ")[0]
+    if marker not in ("ray", "slow", "gpu") or collection_path.suffix != ".py":
+        return None
+    return f"mark.{marker}" not in collection_path.read_text() or None
 
 
 @pytest.fixture(autouse=True)

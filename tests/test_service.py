@@ -134,29 +134,32 @@ def test_cancelled_requests_leave_nothing_behind(service: Service) -> None:
     assert sum(values["lightship_requests_in_progress"].values()) == 0
 
 
-@pytest.mark.parametrize("role", ["prefill", "decode"])
-def test_a_killed_worker_costs_time_but_no_token(service: Service, role: str) -> None:
-    prompts = [_ids(2000 + index, 150 + 40 * index) for index in range(8)]
-    body = {"max_tokens": 60}
+async def _eight_texts(service: Service, tenant: str, kill: str | None) -> list[str]:
+    """Of long streams side by side, in the midst of which a worker of the role `kill` is killed."""
+    async with service.async_client(tenant) as client:
 
-    async def load(kill: bool) -> list[str]:
-        async with service.async_client("beta" if kill else "alpha") as client:
+        async def text(prompt: list[int]) -> str:
+            chunks = [c async for c in _stream(client, _body(prompt, max_tokens=60))]
+            return "".join(c["choices"][0]["text"] for c in chunks if c["choices"])
 
-            async def text(prompt: list[int]) -> str:
-                chunks = [c async for c in _stream(client, _body(prompt, **body))]
-                return "".join(c["choices"][0]["text"] for c in chunks if c["choices"])
-
-            streams = [asyncio.create_task(text(prompt)) for prompt in prompts]
-            if not kill:
-                return await asyncio.gather(*streams)
+        prompts = [_ids(2000 + index, 150 + 40 * index) for index in range(8)]
+        streams = [asyncio.create_task(text(prompt)) for prompt in prompts]
+        if kill:
             await asyncio.sleep(0.7)
-            victim = next(pid for worker, pid in service.workers().items() if worker.startswith(role))
+            victim = next(pid for worker, pid in service.workers().items() if worker.startswith(kill))
             os.kill(victim, signal.SIGKILL)
-            return await asyncio.gather(*streams)
+        return await asyncio.gather(*streams)
 
-    undisturbed = asyncio.run(load(kill=False))
+
+@pytest.fixture(scope="module")
+def undisturbed(service: Service) -> list[str]:
+    return asyncio.run(_eight_texts(service, "alpha", None))
+
+
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_killed_worker_costs_time_but_no_token(service: Service, undisturbed: list[str], role: str) -> None:
     before = set(service.workers())
-    assert asyncio.run(load(kill=True)) == undisturbed
+    assert asyncio.run(_eight_texts(service, "beta", role)) == undisturbed
     service.wait_ready()
     new = set(service.workers()) - before
     assert [worker.split("-")[0] for worker in new] == [role]
