@@ -26,6 +26,7 @@ from workers.ranks.messages import (
     Failed,
     Hello,
     Loaded,
+    Ready,
     Record,
     Setup,
     Ship,
@@ -102,10 +103,9 @@ class _Follower:
         device = torch.device(config.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
-        store = store_at(self._host, self._setup.store_port)
-        store.set(ready_key(self._rank), "")
+        self._tell(Ready())
         self._group = join_ranks(
-            store,
+            store_at(self._host, self._setup.store_port),
             rank=self._rank,
             size=config.ranks,
             shares_rows=self._setup.shares_rows,
@@ -145,11 +145,6 @@ class _Follower:
 
 def store_at(host: str, port: int) -> Any:
     return _TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=JOIN_S))
-
-
-def ready_key(rank: int) -> str:
-    """In the leader's store once the rank is about to join the group."""
-    return f"ready/{rank}"
 
 
 def join_ranks(

@@ -9,7 +9,6 @@ import multiprocessing
 import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -20,15 +19,25 @@ import torch.distributed as dist
 
 from workers.config import EngineConfig
 from workers.group import Group
-from workers.ranks.follower import JOIN_S, join_ranks, ready_key, run_follower
-from workers.ranks.messages import Alive, Failed, Hello, Loaded, Setup, Ship, ToFollower, ToLeader, Wire
+from workers.ranks.follower import JOIN_S, join_ranks, run_follower
+from workers.ranks.messages import (
+    Alive,
+    Failed,
+    Hello,
+    Loaded,
+    Ready,
+    Setup,
+    Ship,
+    ToFollower,
+    ToLeader,
+    Wire,
+)
 from workers.shard import config_of
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"  # followers are child processes
 DEAD_AFTER_S = 5.0  # a follower silent for so long is treated as dead
-_POLL_S = 0.02
 
 # torch does not declare it as public.
 _TCPStore: Any = dist.TCPStore  # type: ignore[attr-defined]
@@ -52,7 +61,7 @@ class Followers:
         self._lost: str | None = None
         self._closing = False
         self._lock = threading.Lock()
-        self._loaded = threading.Semaphore(0)
+        self._ready, self._loaded = threading.Semaphore(0), threading.Semaphore(0)
         self._wires: dict[int, Wire] = {}
         self._threads: list[threading.Thread] = []
         self.group = Group()
@@ -76,10 +85,7 @@ class Followers:
             listener.close()
 
     def wait_until_loaded(self) -> None:
-        for _ in self._processes:
-            while not self._loaded.acquire(timeout=0.1):
-                self.check()
-        self.check()
+        self._wait_for_all(self._loaded)
         self.ship_ports = [self._ports[rank] for rank in sorted(self._ports)]
 
     def alive(self, rank: int) -> Alive:
@@ -163,13 +169,18 @@ class Followers:
             self._threads.append(thread)
         device = torch.device(config_of(config, 0).device)
         # A group waits far too long for a rank that has died on its way there.
-        while not store.check([ready_key(rank) for rank in self._wires]):
-            self.check()
-            time.sleep(_POLL_S)
+        self._wait_for_all(self._ready)
         with self.watched():
             self.group = join_ranks(
                 store, rank=0, size=config.ranks, shares_rows=shares_rows, device=device, address=HOST
             )
+
+    def _wait_for_all(self, said: threading.Semaphore) -> None:
+        """Until every follower has said it."""
+        for _ in self._processes:
+            while not said.acquire(timeout=0.1):
+                self.check()
+        self.check()
 
     def _listen(self, rank: int, wire: Wire) -> None:
         try:
@@ -177,6 +188,8 @@ class Followers:
                 message: ToLeader = wire.receive()
                 if isinstance(message, Alive):
                     self._alive[rank] = message
+                elif isinstance(message, Ready):
+                    self._ready.release()
                 elif isinstance(message, Loaded):
                     self._ports[rank] = message.ship_port
                     self._loaded.release()

@@ -50,6 +50,10 @@ class Setup(_Message, frozen=True, tag="setup", kw_only=True):
     ship: Ship | None  # None: an engine without links
 
 
+class Ready(_Message, frozen=True, tag="ready"):
+    """Follower to leader: about to join the group."""
+
+
 class Loaded(_Message, frozen=True, tag="loaded"):
     """Follower to leader: ready for steps, and for shipments at this port if it is a decode worker's."""
 
@@ -165,7 +169,7 @@ class AbandonLanded(_Message, frozen=True, tag="abandon_landed"):
     request_id: str
 
 
-ToLeader = Hello | Loaded | Failed | Alive | ShipEnded | PagesLanded | CommitLanded | AbandonLanded
+ToLeader = Hello | Ready | Loaded | Failed | Alive | ShipEnded | PagesLanded | CommitLanded | AbandonLanded
 ToFollower = Setup | Step | Record | Peers | ShipPages | ShipCommit | ShipAbandon | Expect | Forget
 
 
