@@ -37,6 +37,7 @@ def two_prefill_workers_to_one_decode_worker(sides: Sides, from_device: str, to_
     tickets = [make_ticket(f"r{n}", 15, above=20 * n) for n in range(2)]
     for prefill in prefills:
         prefill.pair(child)
+    wait_until(lambda: len(child.call("peers")) == 2)
     for prefill, ticket in zip(prefills, tickets, strict=True):
         prefill.send(ticket, list(range(15)))
     for prefill, ticket in zip(prefills, tickets, strict=True):

@@ -101,6 +101,9 @@ class DecodeSide:
     def port(self) -> int:
         return self.landing.port
 
+    def peers(self) -> list[tuple[str, int]]:
+        return self.landing.peers()
+
     def counters(self) -> dict[str, float]:
         return self.landing.counters()
 
