@@ -3,6 +3,7 @@
 import signal
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from shipping_sides import be_host
@@ -19,9 +20,7 @@ NUM_GPUS = torch.cuda.device_count()
 CONFIG = EngineConfig(
     device="cuda:0", max_batched_tokens=256, max_running=8, cache_bytes=5 * 2**20, max_context=1024
 )
-TWO = EngineConfig(
-    device="cuda:0", max_batched_tokens=256, max_running=8, cache_bytes=5 * 2**20, max_context=1024, ranks=2
-)
+TWO = msgspec.structs.replace(CONFIG, ranks=2)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(NUM_GPUS == 0, reason="there is no CUDA device"),
