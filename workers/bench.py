@@ -68,7 +68,7 @@ def _pair_runs(arguments: argparse.Namespace) -> dict[str, Callable[[], Any]]:
             layers=arguments.layers,
             small=small,
             length=max(arguments.lengths),
-            context=min(arguments.contexts),
+            contexts=arguments.contexts,
             batch=max(arguments.batches),
         ),
     }

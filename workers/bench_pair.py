@@ -89,51 +89,49 @@ def shipped(config: EngineConfig, *, layers: int, small: bool, lengths: list[int
 
 
 def ranks(
-    config: EngineConfig, *, layers: int, small: bool, length: int, context: int, batch: int
+    config: EngineConfig, *, layers: int, small: bool, length: int, contexts: list[int], batch: int
 ) -> list[Result]:
-    """Prefill of one prompt and decode steps of a batch, by one rank and by two. ValueError with one GPU."""
+    """Prefill of one prompt, and decode steps of a batch at each context, by one rank and by two. ValueError with one GPU.
+
+    equal: what follows the prompt is the same
+    """
     if torch.cuda.device_count() == 1:
         raise ValueError("two ranks need two GPUs, and there is one")
-    results: list[Result] = []
-    outputs = []
+    prefills, decodes = [], []
     with _slice(layers, small) as folder:
         for count in (1, 2):
-            ranked = msgspec.structs.replace(_with_room(config, layers, length), ranks=count)
-            prefill_s, tokens = _time_prefill(folder, ranked, length)
+            reading = msgspec.structs.replace(_with_room(config, layers, length), ranks=count)
+            prefills.append(_time_prefill(folder, reading, length))
             # Of the decode ranks each has pages for its own requests.
-            ranked = msgspec.structs.replace(
-                _with_room(config, layers, batch * context // count), ranks=count
-            )
-            step_s = _time_decode(folder, ranked, context, batch)
-            outputs.append(tokens)
-            results.append(
-                {
-                    "ranks": count,
-                    "prompt": length,
-                    "prefill_ms": prefill_s * 1e3,
-                    "context": context,
-                    "batch": batch,
-                    "step_ms": step_s * 1e3,
-                    "equal": tokens == outputs[0],
-                }
-            )
-    for result in results:
-        result["prefill_speedup"] = results[0]["prefill_ms"] / result["prefill_ms"]
-        result["decode_speedup"] = results[0]["step_ms"] / result["step_ms"]
-    return results
+            room = _with_room(config, layers, batch * max(contexts) // count)
+            decodes.append(_time_decode(folder, msgspec.structs.replace(room, ranks=count), contexts, batch))
+    (one, tokens), (two, tokens_of_two) = prefills
+    prefill = _compared("prefill", length, 1, one, two) | {"equal": tokens == tokens_of_two}
+    decode = [
+        _compared("decode", context, batch, *seconds) | {"equal": None}
+        for context, *seconds in zip(contexts, *decodes, strict=True)
+    ]
+    return [prefill, *decode]
+
+
+def _compared(step: str, tokens: int, batch: int, one: float, two: float) -> Result:
+    """Seconds of one rank and of two."""
+    sizes = {"step": step, "tokens": tokens, "batch": batch}
+    return sizes | {"one_rank_ms": one * 1e3, "two_ranks_ms": two * 1e3, "speedup": one / two}
 
 
 def land(engine: Engine, context: int, batch: int) -> list[Request]:
     """Requests whose prompts have landed, whatever the caches hold, and that decode from the next step on."""
     requests = [
-        _engine_request(str(number), [number + 1] * context, 2 * PAGE_SIZE) for number in range(batch)
+        _engine_request(f"{number} of {context}", [number + 1] * context, 2 * PAGE_SIZE)
+        for number in range(batch)
     ]
-    for request in requests:
+    for number, request in enumerate(requests):
         if not engine.reserve(request):
             raise RuntimeError(f"no room for {batch} requests of {context} tokens")
         for index in range(len(request.pages)):
             engine.landed(request.id, index)
-        engine.join(request.id, 2)
+        engine.join(request.id, 2 + number)  # not the same token: equal rows would all choose the same experts
     return requests
 
 
@@ -155,14 +153,17 @@ def _time_prefill(folder: Path, config: EngineConfig, length: int) -> tuple[floa
         engine.close()
 
 
-def _time_decode(folder: Path, config: EngineConfig, context: int, batch: int) -> float:
+def _time_decode(folder: Path, config: EngineConfig, contexts: list[int], batch: int) -> list[float]:
+    """Seconds of a step at each context."""
     engine, _ = make_engine(folder, config, role="decode")
     try:
-        requests = land(engine, context, batch)
-        seconds = [engine.step().seconds for _ in range(DECODE_STEPS)]
-        for request in requests:
-            engine.abort(request.id)
-        return statistics.median(seconds)
+        found = []
+        for context in contexts:
+            requests = land(engine, context, batch)
+            found.append(statistics.median(engine.step().seconds for _ in range(DECODE_STEPS)))
+            for request in requests:
+                engine.abort(request.id)
+        return found
     finally:
         engine.close()
 
