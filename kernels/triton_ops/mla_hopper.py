@@ -31,9 +31,10 @@ from kernels.triton_ops.mla_hopper_fill import (
     fill_left,
     full_left,
     full_right,
-    load_half,
+    load_quarter,
+    load_scale,
     load_slots,
-    store_half,
+    store_quarter,
 )
 
 HEAD_TILE = 64
@@ -178,7 +179,7 @@ def _attend_tile(
             (fill_left, (buffers, tokens, count, DENSE)),
         ],
         [4, 4],
-        [192, 96],
+        [200, 88],
     )
 
 
@@ -210,13 +211,20 @@ def _logits(queries, buffers, block):
 
 
 @gluon.jit
+def _partial_sums(x):
+    """[HEADS, TOKENS] -> [HEADS, 4]: what each thread of a quad has of a row; no thread needs another for it."""
+    return gl.sum(gl.sum(gl.reshape(x, [HEADS, TOKENS // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
 def _soften(logits, hidden, highest, total, scale_log2):
-    """Online softmax: weights, the factor for what has been summed so far, the new maximum and the new sum."""
+    """Online softmax: weights, the factor for what has been summed so far, the new maximum and the new partial sums."""
     logits = logits * scale_log2 + gl.expand_dims(hidden.load(gl.SliceLayout(0, LOGITS_LAYOUT)), 0)
     raised = gl.maximum(highest, gl.max(logits, 1))
     factor = gl.exp2(highest - raised)
     exponentials = gl.exp2(logits - gl.expand_dims(raised, 1))
-    total = total * factor + gl.sum(exponentials, 1)
+    of_total: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    total = total * gl.expand_dims(gl.convert_layout(factor, of_total), 1) + _partial_sums(exponentials)
     return exponentials.to(gl.bfloat16), factor, raised, total
 
 
@@ -228,7 +236,7 @@ def _left(buffers, queries, output, count, scale_log2, WHOLE: gl.constexpr):
     operand: gl.constexpr = gl.DotOperandLayout(0, OUT_LAYOUT, 2)
     of_out: gl.constexpr = gl.SliceLayout(1, OUT_LAYOUT)
     highest = gl.full([HEADS], LOWEST, gl.float32, gl.SliceLayout(1, LOGITS_LAYOUT))
-    total = gl.zeros([HEADS], gl.float32, gl.SliceLayout(1, LOGITS_LAYOUT))
+    total = _partial_sums(gl.zeros([HEADS, TOKENS], gl.float32, LOGITS_LAYOUT))
     acc = gl.zeros([HEADS, HALF], gl.float32, OUT_LAYOUT)
 
     logits = warpgroup_mma_wait(0, deps=[_logits(queries, buffers, 0)])
@@ -243,7 +251,6 @@ def _left(buffers, queries, output, count, scale_log2, WHOLE: gl.constexpr):
         acc = warpgroup_mma_wait(3, deps=[acc])
         mbarrier.arrive(empty_left(bars, buffer), count=1)
         logits = warpgroup_mma_wait(0, deps=[logits])
-        fence_async_shared()
         mbarrier.arrive(weights_full, count=1)
         probabilities, factor, highest, total = _soften(
             logits, hidden.index(buffer ^ 1), highest, total, scale_log2
@@ -253,12 +260,12 @@ def _left(buffers, queries, output, count, scale_log2, WHOLE: gl.constexpr):
         factors.store(factor)
         acc = acc * gl.expand_dims(gl.convert_layout(factor, of_out), 1)
     last = count - 1
-    fence_async_shared()
     mbarrier.arrive(weights_full, count=1)
     operand_weights = gl.convert_layout(probabilities, operand)
     acc = warpgroup_mma(operand_weights, left.index(last & 1), acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[acc])
     mbarrier.wait(weights_empty, last & 1)
+    total = gl.convert_layout(gl.sum(total, 1), gl.SliceLayout(1, LOGITS_LAYOUT))
     empty = total == 0
     inverse = 1 / gl.where(empty, 1.0, total)
     factors.store(inverse)
@@ -280,27 +287,33 @@ def _right(buffers, query_right, output, tokens, count, DENSE: gl.constexpr):
     words, scales, source, first, end, num_slots = tokens
     weights_full = bars.index(6)
     weights_empty = bars.index(7)
+    operand: gl.constexpr = gl.DotOperandLayout(0, OUT_LAYOUT, 2)
     of_out: gl.constexpr = gl.SliceLayout(1, OUT_LAYOUT)
     acc = gl.zeros([HEADS, HALF], gl.float32, OUT_LAYOUT)
 
     slot = checked_slots(load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
     next_slots = load_slots(source, first, end, 1, DENSE)
-    quarter_2, quarter_3, scale_2, scale_3 = load_half(words, scales, slot, 2)
+    quarter_2 = load_quarter(words, slot, 2)
+    scale_2, scale_3 = load_scale(scales, slot, 2), load_scale(scales, slot, 3)
     for block in gl.static_range(2):
-        _fill_right(buffers, block, count, quarter_2, quarter_3, scale_2, scale_3)
+        _fill_right(buffers, block, count, words, slot, quarter_2, scale_2, scale_3)
         slot = checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
         next_slots = load_slots(source, first, end, block + 2, DENSE)
-        quarter_2, quarter_3, scale_2, scale_3 = load_half(words, scales, slot, 2)
+        quarter_2 = load_quarter(words, slot, 2)
+        scale_2, scale_3 = load_scale(scales, slot, 2), load_scale(scales, slot, 3)
     for block in range(count):
         mbarrier.wait(weights_full, block & 1)
-        acc = acc * gl.expand_dims(factors.load(of_out), 1)
-        acc = warpgroup_mma(weights, right.index(block & 1), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        operand_weights = weights.load(operand)
+        factor = factors.load(of_out)
         mbarrier.arrive(weights_empty, count=1)
-        _fill_right(buffers, block + 2, count, quarter_2, quarter_3, scale_2, scale_3)
+        acc = acc * gl.expand_dims(factor, 1)
+        acc = warpgroup_mma(operand_weights, right.index(block & 1), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        _fill_right(buffers, block + 2, count, words, slot, quarter_2, scale_2, scale_3)
         slot = checked_slots(next_slots, first, end, block + 3, num_slots, DENSE)
         next_slots = load_slots(source, first, end, block + 4, DENSE)
-        quarter_2, quarter_3, scale_2, scale_3 = load_half(words, scales, slot, 2)
+        quarter_2 = load_quarter(words, slot, 2)
+        scale_2, scale_3 = load_scale(scales, slot, 2), load_scale(scales, slot, 3)
     mbarrier.wait(weights_full, count & 1)
     acc = acc * gl.expand_dims(factors.load(of_out), 1)
     out, lse, row_of_out, heads = output
@@ -308,10 +321,13 @@ def _right(buffers, query_right, output, tokens, count, DENSE: gl.constexpr):
 
 
 @gluon.jit
-def _fill_right(buffers, block, count, quarter_2, quarter_3, scale_2, scale_3):
+def _fill_right(buffers, block, count, words, slot, quarter_2, scale_2, scale_3):
+    """The second quarter is loaded while the first is converted: both at once do not fit the registers."""
     left, right, rope, weights, factors, hidden, bars = buffers
     if block < count:
-        store_half(right.index(block & 1), quarter_2, quarter_3, scale_2, scale_3)
+        quarter_3 = load_quarter(words, slot, 3)
+        store_quarter(right.index(block & 1), quarter_2, scale_2, 0)
+        store_quarter(right.index(block & 1), quarter_3, scale_3, 1)
         fence_async_shared()
         mbarrier.arrive(full_right(bars, block & 1), count=1)
 

@@ -70,17 +70,19 @@ def checked_slots(loaded, first, end, block, num_slots, DENSE: gl.constexpr):
 
 
 @gluon.jit
-def load_half(words, scales, slot, QUARTER: gl.constexpr):
-    """256 channels of each row as words, by quarters, and their scales. A row that is not there has the scale zero; what is read
-    for it does not matter, since no code of e4m3 is dequantised to a NaN."""
+def load_quarter(words, slot, QUARTER: gl.constexpr):
+    """128 channels of each row as words. What is read for a row that is not there does not matter: its scale is zero, and no code
+    of e4m3 is dequantised to a NaN."""
     row = gl.maximum(slot, 0).to(gl.int64) * ROW_WORDS
     column = QUARTER * QUARTER_WORDS + gl.arange(0, QUARTER_WORDS, layout=gl.SliceLayout(0, WORDS_LAYOUT))
-    offsets = gl.expand_dims(row, 1) + gl.expand_dims(column, 0)
-    first = gl.load(words + offsets)
-    second = gl.load(words + offsets + QUARTER_WORDS)
-    first_scale = gl.load(scales + row + SCALE_WORD + QUARTER, mask=slot >= 0, other=0.0)
-    second_scale = gl.load(scales + row + SCALE_WORD + QUARTER + 1, mask=slot >= 0, other=0.0)
-    return first, second, first_scale, second_scale
+    return gl.load(words + gl.expand_dims(row, 1) + gl.expand_dims(column, 0))
+
+
+@gluon.jit
+def load_scale(scales, slot, QUARTER: gl.constexpr):
+    """The scale of a quarter of each row, zero where there is no row."""
+    row = gl.maximum(slot, 0).to(gl.int64) * ROW_WORDS
+    return gl.load(scales + row + SCALE_WORD + QUARTER, mask=slot >= 0, other=0.0)
 
 
 @gluon.jit
@@ -92,11 +94,10 @@ def _load_keys(words, slot):
 
 
 @gluon.jit
-def store_half(shared, first, second, first_scale, second_scale):
-    """256 channels of a block, dequantised, into shared memory bf16 [TOKENS, HALF]."""
+def store_quarter(shared, quarter, scale, PLACE: gl.constexpr):
+    """128 channels of a block, dequantised, into the first or second half of shared memory bf16 [TOKENS, HALF]."""
     pairs = shared._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
-    pairs.slice(0, HALF // 4, dim=1).store(_dequantized(first, first_scale))
-    pairs.slice(HALF // 4, HALF // 4, dim=1).store(_dequantized(second, second_scale))
+    pairs.slice(PLACE * HALF // 4, HALF // 4, dim=1).store(_dequantized(quarter, scale))
 
 
 @gluon.jit
@@ -120,17 +121,20 @@ def fill_left(buffers, tokens, count, DENSE: gl.constexpr):
     words, scales, source, first, end, num_slots = tokens
     slot = checked_slots(load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
     next_slots = load_slots(source, first, end, 1, DENSE)
-    quarter_0, quarter_1, scale_0, scale_1 = load_half(words, scales, slot, 0)
+    quarter_0, quarter_1 = load_quarter(words, slot, 0), load_quarter(words, slot, 1)
+    scale_0, scale_1 = load_scale(scales, slot, 0), load_scale(scales, slot, 1)
     key = _load_keys(words, slot)
     for block in range(count):
         buffer = block & 1
         mbarrier.wait(empty_left(bars, buffer), ((block >> 1) & 1) ^ 1)
         hidden.index(buffer).store(gl.where(slot < 0, float("-inf"), 0.0))
-        store_half(left.index(buffer), quarter_0, quarter_1, scale_0, scale_1)
+        store_quarter(left.index(buffer), quarter_0, scale_0, 0)
+        store_quarter(left.index(buffer), quarter_1, scale_1, 1)
         rope.index(buffer)._reinterpret(gl.int32, [TOKENS, ROPE // 2], WORD_SHARED).store(key)
         fence_async_shared()
         mbarrier.arrive(full_left(bars, buffer), count=1)
         slot = checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
         next_slots = load_slots(source, first, end, block + 2, DENSE)
-        quarter_0, quarter_1, scale_0, scale_1 = load_half(words, scales, slot, 0)
+        quarter_0, quarter_1 = load_quarter(words, slot, 0), load_quarter(words, slot, 1)
+        scale_0, scale_1 = load_scale(scales, slot, 0), load_scale(scales, slot, 1)
         key = _load_keys(words, slot)
