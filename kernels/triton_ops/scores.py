@@ -13,6 +13,7 @@ import triton.language as tl
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
+from kernels.triton_ops import scores_hopper
 from kernels.triton_ops.quant import quantize_tile
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
@@ -79,6 +80,9 @@ def fill_scores(
     unless_at_most: rows that see no more tokens than this need no scores
     """
     keys, scales = index_views(index_pages, layout)
+    if tile is None and scores_hopper.fits(q, rows):
+        scores_hopper.launch(q, factors, keys, scales, rows, first, out, unless_at_most)
+        return
     num_rows, heads, dim = q.shape
     requests, width = rows.page_table.shape
     tile = tile or (MANY if num_rows >= 2 * requests else FEW)
