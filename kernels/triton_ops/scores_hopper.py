@@ -28,7 +28,9 @@ PROGRAMS_WANTED = 132 * 8  # enough for every multiprocessor of an H200 to have 
 HEADS = gl.constexpr(NUM_HEADS)
 DIM = gl.constexpr(KEY_DIM)
 PAGE = gl.constexpr(PAGE_SIZE)
-SCALE_LINES = gl.constexpr(PAGE_SIZE * 4 // KEY_DIM)  # a page is lines of one key's size; the last ones hold scales
+SCALE_LINES = gl.constexpr(
+    PAGE_SIZE * 4 // KEY_DIM
+)  # a page is lines of one key's size; the last ones hold scales
 ROWS = gl.constexpr(2)  # of a program
 STAGES = gl.constexpr(4)
 QUERY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
@@ -66,7 +68,9 @@ def launch(
     lines = keys.view(-1, KEY_DIM)
     _score_pages[(groups, triton.cdiv(width, pages_of_program))](
         TensorDescriptor.from_tensor(lines, [PAGE_SIZE, KEY_DIM], KEY_SHARED.value),
-        TensorDescriptor.from_tensor(scales.view(len(lines), -1), [SCALE_LINES.value, KEY_DIM // 4], SCALE_SHARED.value),
+        TensorDescriptor.from_tensor(
+            scales.view(len(lines), -1), [SCALE_LINES.value, KEY_DIM // 4], SCALE_SHARED.value
+        ),
         q,
         factors,
         rows.owners,
@@ -85,7 +89,9 @@ def launch(
     )
 
 
-@gluon.jit(do_not_specialize=["first", "end", "num_pages", "table_stride", "unless_at_most", "pages_of_program"])
+@gluon.jit(
+    do_not_specialize=["first", "end", "num_pages", "table_stride", "unless_at_most", "pages_of_program"]
+)
 def _score_pages(
     keys,
     scales,
@@ -121,7 +127,9 @@ def _score_pages(
     pair = row.to(gl.int64) * HEADS + gl.arange(0, ROWS * HEADS, layout=gl.SliceLayout(1, QUERY_LAYOUT))
     channel = gl.arange(0, DIM, layout=gl.SliceLayout(0, QUERY_LAYOUT))
     exists = gl.expand_dims((pair < end * HEADS) & anything, 1)
-    queries.store(gl.load(q + gl.expand_dims(pair * DIM, 1) + gl.expand_dims(channel, 0), mask=exists, other=0.0))
+    queries.store(
+        gl.load(q + gl.expand_dims(pair * DIM, 1) + gl.expand_dims(channel, 0), mask=exists, other=0.0)
+    )
     fence_async_shared()
     gl.thread_barrier()
 
@@ -172,7 +180,9 @@ def _fetch(lengths, buffers, keys, scales, page_table, table_stride, num_pages):
             mbarrier.wait(empty.index(buffer), ((done // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(buffer), PAGE * (DIM + 4))
             tma.async_copy_global_to_shared(keys, [line, 0], full.index(buffer), ring.index(buffer))
-            tma.async_copy_global_to_shared(scales, [line + PAGE, 0], full.index(buffer), scale_ring.index(buffer))
+            tma.async_copy_global_to_shared(
+                scales, [line + PAGE, 0], full.index(buffer), scale_ring.index(buffer)
+            )
             done += 1
 
 

@@ -106,12 +106,12 @@ def _select(
 def _list_candidates(
     scores: torch.Tensor, lengths: torch.Tensor, topk: int, plan: Plan
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """int64 [T, parts, capacity] lists of key and position, and int32 [T, parts, 4]: see _list_kernel."""
+    """int64 [T, parts, capacity] lists of score and position, and int32 [T, parts, 2]: see _list_kernel."""
     num_rows = len(scores)
     groups, slices, parts, capacity, tile = plan
     best = torch.empty(num_rows, groups, dtype=torch.uint32, device=scores.device)
     lists = torch.empty(num_rows, parts, capacity, dtype=torch.int64, device=scores.device)
-    counts = torch.empty(num_rows, parts, 4, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(num_rows, parts, 2, dtype=torch.int32, device=scores.device)
     columns = groups // slices
     _group_kernel[(num_rows, slices)](
         scores,
@@ -137,23 +137,29 @@ def _list_candidates(
         CAPACITY=capacity,
         TILE=tile,
         num_warps=8,
+        maxnreg=80,  # three programs on a multiprocessor
     )
     return lists, counts
 
 
 @triton.jit
-def _keys(scores, visible, whole):
-    """uint32 keys in the order of the scores, 0 where not visible: less than the key of any number.
-
-    whole: whether all are visible. Without a mask the loads are of 16 bytes.
-    """
-    x = tl.load(scores) if whole else tl.load(scores, mask=visible, other=0.0)
+def _order(x):
+    """uint32 keys in the order of the scores, above that of no number."""
     x += 0.0  # makes 0.0 of -0.0
     bits = x.to(tl.uint32, bitcast=True)
     # The order of negative floats is the reverse of that of their bits.
     keys = tl.where(bits >= SIGN_BIT, bits ^ NAN_KEY, bits | SIGN_BIT)
-    keys = tl.where(x != x, NAN_KEY, keys)
-    return tl.where(visible, keys, 0).to(tl.uint32)
+    return tl.where(x != x, NAN_KEY, keys).to(tl.uint32)
+
+
+@triton.jit
+def _keys(scores, visible, whole):
+    """Keys in the order of the scores, 0 where not visible: less than the key of any number.
+
+    whole: whether all are visible. Without a mask the loads are of 16 bytes.
+    """
+    x = tl.load(scores) if whole else tl.load(scores, mask=visible, other=0.0)
+    return tl.where(visible, _order(x), 0).to(tl.uint32)
 
 
 @triton.jit
@@ -220,6 +226,56 @@ def _group_kernel(
         tl.store(best + row * GROUPS + columns, tl.max(keys, 0))
 
 
+@triton.jit
+def _chosen(scores, start, end, bound, QUARTER: tl.constexpr, WHOLE: tl.constexpr):
+    """Positions, scores and whether they reach the bound, 1 or 0, of a quarter of a tile: four neighbours for each thread."""
+    positions = start + 4 * tl.arange(0, QUARTER // 4)[:, None] + tl.arange(0, 4)[None, :]
+    if WHOLE:
+        x = tl.load(scores + positions)
+        chosen = ~(x < bound)  # what is no number is above all
+    else:
+        x = tl.load(scores + positions, mask=positions < end, other=0.0)
+        chosen = ~(x < bound) & (positions < end)
+    return positions, x, chosen.to(tl.int32)
+
+
+@triton.jit
+def _list(quarter, target, before, listed, CAPACITY: tl.constexpr):
+    """Stores what is chosen of a quarter, the bits of a score << 32 | its position. before: how many of it each thread's first one follows."""
+    positions, x, chosen = quarter
+    places = (listed + (before & 0xFFFF).to(tl.int32))[:, None] + tl.cumsum(chosen, 1) - chosen
+    entries = (x.to(tl.int32, bitcast=True).to(tl.int64) << 32) | positions
+    tl.store(target + places, entries, mask=(chosen > 0) & (places < CAPACITY))
+
+
+@triton.jit
+def _list_tile(
+    scores, start, end, bound, target, listed, TILE: tl.constexpr, CAPACITY: tl.constexpr, WHOLE: tl.constexpr
+):
+    """Lists what reaches the bound of a tile, in order. -> how many are listed now.
+
+    Numbers of the chosen are added up over threads once for all four quarters, each in 16 bits of a word.
+    """
+    QUARTER: tl.constexpr = TILE // 4
+    first = _chosen(scores, start, end, bound, QUARTER, WHOLE)
+    second = _chosen(scores, start + QUARTER, end, bound, QUARTER, WHOLE)
+    third = _chosen(scores, start + 2 * QUARTER, end, bound, QUARTER, WHOLE)
+    fourth = _chosen(scores, start + 3 * QUARTER, end, bound, QUARTER, WHOLE)
+    low = tl.sum(first[2], 1) | (tl.sum(second[2], 1) << 16)
+    high = tl.sum(third[2], 1) | (tl.sum(fourth[2], 1) << 16)
+    packed = low.to(tl.int64) | (high.to(tl.int64) << 32)
+    before = tl.cumsum(packed, 0) - packed
+    total = tl.sum(packed, 0)
+    _list(first, target, before, listed, CAPACITY)
+    listed += (total & 0xFFFF).to(tl.int32)
+    _list(second, target, before >> 16, listed, CAPACITY)
+    listed += (total >> 16 & 0xFFFF).to(tl.int32)
+    _list(third, target, before >> 32, listed, CAPACITY)
+    listed += (total >> 32 & 0xFFFF).to(tl.int32)
+    _list(fourth, target, before >> 48, listed, CAPACITY)
+    return listed + (total >> 48).to(tl.int32)
+
+
 @triton.jit(do_not_specialize_on_alignment=["lengths"])
 def _list_kernel(
     scores,
@@ -234,29 +290,28 @@ def _list_kernel(
     CAPACITY: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Lists what reaches the bound in a part of a row, in order: key << 32 | position; of ties with the bound the first topk.
+    """Lists what reaches the bound in a part of a row, in order.
 
-    counts int32 [T, PARTS, 4]: how many exceed the bound, how many equal it, how many belong on the list; and the bound.
+    counts int32 [T, PARTS, 2]: how many reach it (more than CAPACITY: the list is of no use), and the bound
     """
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(lengths + row).to(tl.int32)
     if length > topk:
-        bound = _search(tl.load(best + row * GROUPS + tl.arange(0, GROUPS)), topk, topk >> 4)
+        key = _search(tl.load(best + row * GROUPS + tl.arange(0, GROUPS)), topk, topk >> 4)
+        bound = tl.where(key >= SIGN_BIT, key ^ SIGN_BIT, key ^ NAN_KEY).to(tl.float32, bitcast=True)
+        source = scores + row * row_stride
         size = tl.cdiv(tl.cdiv(length, PARTS), TILE) * TILE
-        end = tl.minimum((part + 1) * size, length)
-        above, ties = 0, 0
+        start, end = part * size, tl.minimum((part + 1) * size, length)
         target = lists + (row * PARTS + part) * CAPACITY
-        for start in range(part * size, end, TILE):
-            positions = start + tl.arange(0, TILE)
-            keys = _keys(scores + row * row_stride + positions, positions < end, start + TILE <= end)
-            chosen, places, above, ties = _places(keys, bound, above, ties, topk)
-            entry = (keys.to(tl.int64) << 32) | positions
-            tl.store(target + places, entry, mask=chosen & (places < CAPACITY))
-        count = counts + (row * PARTS + part) * 4
-        tl.store(count, above)
-        tl.store(count + 1, ties)
-        tl.store(count + 2, above + tl.minimum(ties, topk))
-        tl.store(count + 3, bound.to(tl.int32, bitcast=True))
+        listed = 0
+        while start + TILE <= end:
+            listed = _list_tile(source, start, end, bound, target, listed, TILE, CAPACITY, True)
+            start += TILE
+        if start < end:
+            listed = _list_tile(source, start, end, bound, target, listed, TILE, CAPACITY, False)
+        count = counts + (row * PARTS + part) * 2
+        tl.store(count, tl.where(bound == bound, listed, CAPACITY + 1))
+        tl.store(count + 1, key.to(tl.int32, bitcast=True))
 
 
 @triton.jit
@@ -276,7 +331,9 @@ def _entries(source, first, PARTS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: 
                 part = tl.where(tl.gather(starts, later, 0) <= index, later, part)
         place = part * CAPACITY + index - tl.gather(starts, part, 0)
         entry = tl.load(lists + place, mask=index < total, other=0)
-        keys, positions = (entry >> 32).to(tl.uint32), entry.to(tl.int32)
+        score = (entry >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+        keys = tl.where(index < total, _order(score), 0).to(tl.uint32)
+        positions = entry.to(tl.int32)
     return keys, positions
 
 
@@ -288,6 +345,15 @@ def _reached(source, keys, threshold, PARTS: tl.constexpr, CAPACITY: tl.constexp
         more, _ = _entries(source, first, PARTS, CAPACITY, CHUNK)
         count += tl.sum((more >= threshold).to(tl.int32), 0)
     return count
+
+
+@triton.jit
+def _exceeding(source, keys, threshold, PARTS: tl.constexpr, CAPACITY: tl.constexpr, CHUNK: tl.constexpr):
+    """How many entries are above the threshold. keys: of the first CHUNK."""
+    above = 0
+    if threshold < NAN_KEY:
+        above = _reached(source, keys, threshold + 1, PARTS, CAPACITY, CHUNK)
+    return above
 
 
 @triton.jit
@@ -328,7 +394,6 @@ def _pick_best(
     source,
     picks,
     bound,
-    above,
     topk,
     pages,
     PARTS: tl.constexpr,
@@ -336,15 +401,13 @@ def _pick_best(
     CHUNK: tl.constexpr,
     SLOTS: tl.constexpr,
 ):
-    """The topk best of more entries. above: how many exceed the bound, which at least topk reach."""
+    """The topk best of more entries, of which at least topk reach the bound."""
     keys, positions = _entries(source, 0, PARTS, CAPACITY, CHUNK)
-    threshold = bound
+    threshold, above = bound, _exceeding(source, keys, bound, PARTS, CAPACITY, CHUNK)
     # Where fewer than topk exceed the bound, it is the threshold.
     if above >= topk:
         threshold = _search_all(source, keys, bound, topk, PARTS, CAPACITY, CHUNK)
-        above = 0
-        if threshold < NAN_KEY:
-            above = _reached(source, keys, threshold + 1, PARTS, CAPACITY, CHUNK)
+        above = _exceeding(source, keys, threshold, PARTS, CAPACITY, CHUNK)
     rest = topk - above
     chosen, places, better, ties = _places(keys, threshold, 0, 0, rest)
     _write(picks, chosen, places, positions, pages, SLOTS)
@@ -384,16 +447,14 @@ def _pick_kernel(
     if length <= topk:
         _pick_all(row_picks, length, topk, pages, PICKS, SLOTS)
     elif LISTED:
-        count = counts + (row * PARTS + tl.arange(0, PARTS)) * 4
-        listed = tl.load(count + 2)
+        listed = tl.load(counts + (row * PARTS + tl.arange(0, PARTS)) * 2)
         starts = tl.cumsum(listed, 0) - listed
         direct = (length <= CHUNK) | (tl.max(listed, 0) > CAPACITY)
         total = tl.where(direct, length, tl.sum(listed, 0))
         source = (row_scores, lists + row * PARTS * CAPACITY, starts, total, direct)
-        above = tl.sum(tl.load(count), 0)
-        bound = tl.load(counts + row * PARTS * 4 + 3).to(tl.uint32, bitcast=True)
-        _pick_best(source, row_picks, bound, above, topk, pages, PARTS, CAPACITY, CHUNK, SLOTS)
+        bound = tl.load(counts + row * PARTS * 2 + 1).to(tl.uint32, bitcast=True)
+        _pick_best(source, row_picks, bound, topk, pages, PARTS, CAPACITY, CHUNK, SLOTS)
     else:
         source = (row_scores, row_scores, length, length, length)
         bound = tl.full((), 0, tl.uint32)
-        _pick_best(source, row_picks, bound, length, topk, pages, PARTS, 0, CHUNK, SLOTS)
+        _pick_best(source, row_picks, bound, topk, pages, PARTS, 0, CHUNK, SLOTS)
