@@ -8,19 +8,26 @@ import torch
 import kernels.reference as reference
 from kernels.bench_cases import LAYOUT, Maker, Problem, Setting
 from kernels.bench_timing import Call
+from kernels.dispatch import Ops
+from kernels.layout import CacheLayout
+from kernels.rows import Rows
 from kernels.testing import SOFTMAX_SCALE, Case, difference, make_case, spread_slots
 
 DIM = LAYOUT.latent_dim + LAYOUT.rope_dim
+HEAD_DIM = 128  # of keys without position and of values
 CHECKED_ROWS = 16
 
 
 def problems(setting: Setting) -> Iterator[Maker]:
     if setting.small:
         yield functools.partial(_prefill, setting, heads=4, topk=64, num_rows=8, context=200)
+        yield functools.partial(_expanded, setting, heads=4, topk=64, num_rows=200)
         yield functools.partial(_decode, setting, heads=4, topk=64, batch=2, requests=4, context=128)
         return
     for context in (32 * 1024, 128 * 1024):
         yield functools.partial(_prefill, setting, heads=128, topk=2048, num_rows=4096, context=context)
+    for num_rows in (2048, 4096, 8192):
+        yield functools.partial(_expanded, setting, heads=128, topk=2048, num_rows=num_rows)
     for batch in (1, 16, 64, 128):
         yield functools.partial(
             _decode, setting, heads=128, topk=2048, batch=batch, requests=128, context=8192
@@ -47,6 +54,59 @@ def _prefill(setting: Setting, *, heads: int, topk: int, num_rows: int, context:
         sets=1,  # its queries alone exceed any cache
         error=functools.partial(_error, case.q, case.latent_pages, slots),
     )
+
+
+def _expanded(setting: Setting, *, heads: int, topk: int, num_rows: int) -> Problem:
+    """All rows of a prompt, with the heads' own matrices; beside it the same over latents, which is the reference's way."""
+    case = make_case(
+        [num_rows], [num_rows], dtype=setting.dtype, device=str(setting.device), kinds=("latent",)
+    )
+    generator = torch.Generator(setting.device).manual_seed(0)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator, device=setting.device, dtype=setting.dtype)
+
+    nope, pe = normal(num_rows, heads, HEAD_DIM), normal(num_rows, heads, LAYOUT.rope_dim)
+    key_up = normal(heads, HEAD_DIM, LAYOUT.latent_dim) * 0.05
+    value_up = normal(heads, LAYOUT.latent_dim, HEAD_DIM) * 0.05
+    every = case.slots_of(0, num_rows).int()
+    visible = torch.arange(num_rows, device=setting.device) <= case.rows.positions.unsqueeze(1)
+    scores = torch.rand(visible.shape, generator=generator, device=setting.device)
+    positions = reference.top_k(scores, case.rows.positions + 1, topk)
+    slots = every[positions.clamp(min=0).long()].masked_fill(positions < 0, -1)
+    arguments = (case.latent_pages, case.rows, slots, key_up, value_up, SOFTMAX_SCALE, LAYOUT)
+    calls = setting.calls("expanded_mla", lambda ops, _: ops.expanded_mla(nope, pe, *arguments))
+    ours = next(iter(setting.having("expanded_mla").values()))
+    calls["over latents"] = lambda _: _over_latents(ours, nope, pe, *arguments)
+    pairs = num_rows * (num_rows + 1) / 2
+    return Problem(
+        operator="expanded_mla",
+        shape=f"{num_rows} of {num_rows}",
+        flop=2 * heads * (2 * HEAD_DIM + LAYOUT.rope_dim) * pairs,
+        flop_kind="bf16",
+        bytes=_row_bytes(num_rows, heads, topk),
+        calls=calls,
+        sets=1,
+        error=lambda out: difference(out, _over_latents(ours, nope, pe, *arguments)),
+    )
+
+
+def _over_latents(
+    ops: Ops,
+    nope: torch.Tensor,
+    pe: torch.Tensor,
+    latent_pages: torch.Tensor,
+    rows: Rows,
+    slots: torch.Tensor,
+    key_up: torch.Tensor,
+    value_up: torch.Tensor,
+    softmax_scale: float,
+    layout: CacheLayout,
+) -> torch.Tensor:
+    """What expanded_mla stands for."""
+    query = torch.cat((ops.head_linear(nope, key_up), pe), dim=-1)
+    out, _ = ops.sparse_mla(query, latent_pages, slots, softmax_scale, layout)
+    return ops.head_linear(out, value_up)
 
 
 def _decode(setting: Setting, *, heads: int, topk: int, batch: int, requests: int, context: int) -> Problem:

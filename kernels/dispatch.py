@@ -229,6 +229,19 @@ class Ops(Protocol):
         layout: CacheLayout,
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
+    def expanded_mla(
+        self,
+        query_nope: torch.Tensor,
+        query_pe: torch.Tensor,
+        latent_pages: torch.Tensor,
+        rows: Rows,
+        slots: torch.Tensor | None,
+        key_up: torch.Tensor,
+        value_up: torch.Tensor,
+        softmax_scale: float,
+        layout: CacheLayout,
+    ) -> torch.Tensor: ...
+
     def checksums(self, pages: torch.Tensor) -> torch.Tensor: ...
 
     def pack_pages(

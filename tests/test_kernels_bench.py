@@ -23,6 +23,7 @@ def printed() -> list[str]:
 def test_every_part_is_measured_and_right(printed: list[str]) -> None:
     results = json.loads(printed[-1])["results"]
     assert {result["operator"].split()[0] for result in results} == {
+        "expanded_mla",
         "sparse_mla",
         "select_tokens",
         "fp8_linear",

@@ -13,7 +13,7 @@ from kernels.reference.norm import layer_norm, sigmoid
 from kernels.reference.rope import rotate_halves, rotate_neighbours
 from kernels.rows import Rows
 from kernels.testing import REFERENCE
-from workers.attention import masked_attention
+from workers.attention import expands, masked_attention
 from workers.config import EngineConfig
 from workers.layers import RMSNorm
 from workers.model import Model, load_model
@@ -286,3 +286,21 @@ def test_cache_shapes_and_size() -> None:
         ValueError, match=f"cache_bytes is {page - 1}, but one page of 64 tokens takes {page} bytes"
     ):
         num_pages_for(page - 1, layout, 3)
+
+
+@pytest.mark.parametrize(
+    ("rows", "requests", "pages", "expected"),
+    [
+        (8192, 1, 128, True),
+        (8192, 1, 129, False),  # of too many tokens
+        (4096, 16, 8, True),
+        (2048, 1, 64, True),
+        (2048, 1, 128, False),  # most rows see more than would be selected
+        (512, 1, 8, True),
+        (511, 1, 8, False),
+    ],
+)
+def test_many_rows_of_short_contexts_have_keys_of_each_head(
+    rows: int, requests: int, pages: int, expected: bool
+) -> None:
+    assert expands(rows, requests, pages) == expected

@@ -15,12 +15,16 @@ from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.rows import Rows
 from workers.cache_rows import CacheRows
 from workers.group import Group
+from workers.memory import EXPANDED_TOKENS
 from workers.model_config import ModelConfig
 from workers.rope import Rope
 from workers.weights import Weights
 
 QUERY_TILE = 64
 KEY_TILE = 512
+# Where keys and values of each head are faster on an H200 (docs/kernels.md).
+EXPANDED_CONTEXT = 5000  # tokens that rows see in the mean, at most
+EXPANDING_ROWS = 512  # of a step, at least
 
 
 class Indexer:
@@ -92,7 +96,11 @@ class Attention:
         self._query_norm = weights.rms_norm("q_a_layernorm", config.q_lora_rank, config.rms_norm_eps)
         self._latent_norm = weights.rms_norm("kv_a_layernorm", latent, config.rms_norm_eps)
         self._dense_if_short = dense_if_short
-        self._attend = (Absorbed if absorbed else Unabsorbed)(config, weights, layout)
+        self._attend: Absorbed | Unabsorbed = (
+            Absorbed(config, weights, layout, group, expand_if_short=dense_if_short)
+            if absorbed
+            else Unabsorbed(config, weights, layout)
+        )
         self._out = weights.linear("o_proj", hidden, heads * config.v_head_dim)
         self._indexer = Indexer(config, weights.at("indexer"), layout)
         self._cache_rows = CacheRows(layout, group)
@@ -136,9 +144,22 @@ class Attention:
 
 
 class Absorbed:
-    """One key head, 576 wide, for all query heads; its first 512 channels are also the value."""
+    """One key head, 576 wide, for all query heads; its first 512 channels are also the value.
 
-    def __init__(self, config: ModelConfig, weights: Weights, layout: CacheLayout) -> None:
+    `expand_if_short`: many rows of short contexts are cheaper with keys and values of each head (`expands`).
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        layout: CacheLayout,
+        group: Group,
+        *,
+        expand_if_short: bool,
+    ) -> None:
+        self._expand_if_short = expand_if_short
+        self._num_sharing = group.size if group.shares_rows else 1  # of a step's rows
         self._softmax_scale = config.softmax_scale
         self._layout = layout
         self._ops = weights.ops
@@ -155,12 +176,37 @@ class Absorbed:
         selected: torch.Tensor | None,
     ) -> torch.Tensor:
         """query_nope [T, H, nope], query_pe [T, H, rope], selected int32 [T, topk], None for all -> [T, H, v]."""
+        num_rows = len(query_nope) * self._num_sharing
+        if self._expand_if_short and expands(num_rows, *rows.page_table.shape):
+            return self._ops.expanded_mla(
+                query_nope,
+                query_pe,
+                pages,
+                rows,
+                selected,
+                self._key_up,
+                self._value_up,
+                self._softmax_scale,
+                self._layout,
+            )
         query = torch.cat((self._ops.head_linear(query_nope, self._key_up), query_pe), dim=-1)
         if selected is None:
             out, _ = self._ops.dense_mla(query, pages, rows, self._softmax_scale, self._layout)
         else:
             out, _ = self._ops.sparse_mla(query, pages, selected, self._softmax_scale, self._layout)
         return self._ops.head_linear(out, self._value_up)
+
+
+def expands(num_rows: int, num_requests: int, num_pages: int) -> bool:
+    """Whether keys and values of each head pay: of all tokens they take memory and products once, and of what a row sees products
+    that were not selected. num_pages: of the longest request."""
+    window = num_pages * PAGE_SIZE
+    mean_context = window - num_rows / num_requests / 2
+    return (
+        num_requests * window <= EXPANDED_TOKENS
+        and num_rows >= EXPANDING_ROWS
+        and mean_context <= EXPANDED_CONTEXT
+    )
 
 
 class Unabsorbed:

@@ -10,6 +10,7 @@ from kernels.layout import PAGE_SIZE, CacheLayout
 from workers.config import EngineConfig
 from workers.model_config import ModelConfig
 
+EXPANDED_TOKENS = 8192  # at most, whose keys and values of each head a step may make
 SCORE_BYTES = 2**30  # index scores of as many rows as fit, and what choosing among them takes
 GRAPH_BYTES = 2**30  # decode graphs: their own activations and the driver's copies of every launch
 SHIPPING_BYTES = (
@@ -27,6 +28,7 @@ class Workspace:
 
     activations: int
     latents: int
+    expanded: int
     scores: int
     logits: int
     graphs: int
@@ -34,18 +36,28 @@ class Workspace:
 
     @property
     def total(self) -> int:
-        return self.activations + self.latents + self.scores + self.logits + self.graphs + self.shipping
+        return (
+            self.activations
+            + self.latents
+            + self.expanded
+            + self.scores
+            + self.logits
+            + self.graphs
+            + self.shipping
+        )
 
 
 def workspace(model: ModelConfig, engine: EngineConfig) -> Workspace:
     """What a GPU's step takes: max_batched_tokens rows, of which max_running have logits."""
     context = engine.max_context or model.max_position_embeddings
     latent_width = model.kv_lora_rank + model.qk_rope_head_dim
+    head_width = model.num_attention_heads * (model.qk_nope_head_dim + model.v_head_dim)
     # Logits in fp32; a draw sorts them in fp64 with their ids, and keeps probabilities and their sums.
     logits_row = model.vocab_size * (4 + 6 * 8)
     return Workspace(
         activations=engine.max_batched_tokens * row_bytes(model),
         latents=context * latent_width * _ACTIVATION,
+        expanded=EXPANDED_TOKENS * head_width * _ACTIVATION,
         scores=SCORE_BYTES,
         logits=engine.max_running * logits_row,
         graphs=GRAPH_BYTES,

@@ -9,6 +9,7 @@ from typing import Literal
 
 from kernels.dispatch import Ops
 from kernels.layout import PAGE_SIZE
+from workers.attention import EXPANDING_ROWS
 from workers.config import EngineConfig
 from workers.cpu_threads import use_threads
 from workers.decode import DecodeWorker
@@ -132,11 +133,12 @@ def _warm(engine: Engine, sparse_from: int) -> None:
     """Real prompts and decode steps, so that the first request finds everything loaded, compiled and tried.
 
     sparse_from: also of every order of magnitude up to what a step takes, for which there are kernels of their own, and of one
-    token more than this: those beyond are not attended to as those before
+    token and of many more than this: those beyond are not attended to as those before
     """
     lengths = {PAGE_SIZE + 1}
     if sparse_from:
-        lengths |= {sparse_from + 1, *doublings(engine.config.max_batched_tokens)}
+        lengths |= {sparse_from + 1, sparse_from + EXPANDING_ROWS}
+        lengths |= set(doublings(engine.config.max_batched_tokens))
     for number, length in enumerate(sorted(lengths)):
         tokens = [2 + (i + number) % 7 for i in range(length)]
         sampling = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)

@@ -16,7 +16,7 @@ from kernels.reference.indexer import (
     select_tokens,
 )
 from kernels.reference.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
-from kernels.reference.mla import dense_mla, sparse_mla
+from kernels.reference.mla import dense_mla, expanded_mla, sparse_mla
 from kernels.reference.norm import (
     add_rms_norm,
     add_rms_norm_quantized,
@@ -41,6 +41,7 @@ __all__ = [
     "dense_mla",
     "dequantize_blocks",
     "dequantize_weight",
+    "expanded_mla",
     "expert_mlp",
     "fp8_linear",
     "head_linear",

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from kernels.reference.cache import read_latents
-from kernels.reference.linear import COLUMN_MULTIPLE, blocked_bmm
+from kernels.reference.linear import COLUMN_MULTIPLE, blocked_bmm, head_linear
 from kernels.rows import Rows
 
 GATHER_BYTES = (
@@ -78,6 +78,33 @@ def dense_mla(
             out[tile] = tile_out.unflatten(0, (step, heads))[: step - pad]
             lse[tile] = tile_lse.unflatten(0, (step, heads))[: step - pad]
     return out, lse
+
+
+def expanded_mla(
+    query_nope: torch.Tensor,
+    query_pe: torch.Tensor,
+    latent_pages: torch.Tensor,
+    rows: Rows,
+    slots: torch.Tensor | None,
+    key_up: torch.Tensor,
+    value_up: torch.Tensor,
+    softmax_scale: float,
+    layout: CacheLayout,
+) -> torch.Tensor:
+    """sparse_mla, or without slots dense_mla, between the products with the heads' own matrices. A back end may multiply the
+    latents with those matrices instead: fewer operations for each token, but on tokens that were not selected too.
+
+    query_nope: [T, H, nope]; query_pe: [T, H, rope_dim]
+    slots:      as of sparse_mla, but of tokens that the row sees, and of all of them where those are at most topk
+    key_up:     [H, nope, latent_dim]; value_up: [H, latent_dim, v]
+    Returns [T, H, v] in the queries' dtype.
+    """
+    query = torch.cat((head_linear(query_nope, key_up), query_pe), dim=-1)
+    if slots is None:
+        out, _ = dense_mla(query, latent_pages, rows, softmax_scale, layout)
+    else:
+        out, _ = sparse_mla(query, latent_pages, slots, softmax_scale, layout)
+    return head_linear(out, value_up)
 
 
 def _attend(

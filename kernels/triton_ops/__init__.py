@@ -13,6 +13,7 @@ from kernels.triton_ops.indexer import (
 )
 from kernels.triton_ops.linear import fp8_linear, head_linear, linear, prepare_fp8_weight
 from kernels.triton_ops.mla import dense_mla, sparse_mla
+from kernels.triton_ops.mla_expanded import expanded_mla
 from kernels.triton_ops.norm import (
     add_rms_norm,
     add_rms_norm_quantized,
@@ -32,6 +33,7 @@ __all__ = [
     "dense_mla",
     "dequantize_blocks",
     "dequantize_weight",
+    "expanded_mla",
     "expert_mlp",
     "fp8_linear",
     "head_linear",
