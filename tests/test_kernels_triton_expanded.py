@@ -89,3 +89,9 @@ def test_requests_share_pages(ops: ModuleType) -> None:
     made, slots = Heads(case, 2, 32), picks(case, 64)
     out = made.attend(ops, slots, torch.bfloat16)
     assert difference(out, made.attend(reference, slots, torch.float32)) < TOLERANCE
+
+
+def test_other_widths_are_refused(ops: ModuleType) -> None:
+    case = make_case([64], [1], dtype=torch.bfloat16, device=DEVICE, kinds=("latent",))
+    with pytest.raises(ValueError, match="nope is 24"):
+        Heads(case, 1, 24).attend(ops, None, torch.bfloat16)

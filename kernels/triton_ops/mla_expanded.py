@@ -43,6 +43,9 @@ def expanded_mla(
 ) -> torch.Tensor:
     """As kernels.reference.expanded_mla. Takes memory for 2 x H x 128 channels of every token of the page table."""
     num_rows, heads, nope = query_nope.shape
+    for name, size in (("nope", nope), ("v", value_up.shape[2])):
+        if size < 16 or size & (size - 1):
+            raise ValueError(f"{name} is {size}, but the Triton back end takes powers of two from 16 on")
     out = query_nope.new_empty(num_rows, heads, value_up.shape[2])
     if not num_rows:
         return out
