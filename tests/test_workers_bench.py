@@ -79,12 +79,13 @@ def test_every_part_runs_and_can_be_drawn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sizes = "--layers 2 --lengths 64 128 --chunk 64 --measured 2 --contexts 128 --batches 2 --prompt 100"
-    parts = "--part ship prefill decode room host fidelity"  # ranks has tests of its own
+    parts = "--part ship ranks prefill decode room host fidelity"
     monkeypatch.setattr("sys.argv", ["bench", "--small", *parts.split(), *sizes.split()])
     bench.main()
     printed = capsys.readouterr().out.splitlines()
     results = json.loads(printed[-1])
     assert [(row["bytes_per_token"], row["equal"]) for row in results["ship"]] == [(788 * 2, True)] * 2
+    assert [(row["step"], row["equal"]) for row in results["ranks"]] == [("prefill", True), ("decode", None)]
     assert [row["tokens"] for row in results["prefill"]] == [64, 128]
     assert all(row["sparse_ms"] > 0 for row in results["prefill"])
     assert {"dense_ms", "sparse_61_layers_ms", "ratio"} <= results["decode"][0].keys()
@@ -97,7 +98,7 @@ def test_every_part_runs_and_can_be_drawn(
     monkeypatch.setattr("sys.argv", ["bench", "--read", str(tmp_path / "log"), "--plot", str(tmp_path)])
     bench.main()
     drawn = {path.name for path in tmp_path.glob("*.png")}
-    assert drawn == {f"bench-{part}.png" for part in ("prefill", "decode", "room", "host")}
+    assert drawn == {f"bench-{part}.png" for part in ("ship", "ranks", "prefill", "decode", "room", "host")}
 
 
 def test_lengths_are_whole_chunks(bed: Bed) -> None:

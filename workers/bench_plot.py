@@ -10,7 +10,7 @@ COLOURS = {"dense": "tab:gray", "sparse": "tab:blue"}
 def plot(results: dict[str, Any], folder: Path) -> list[Path]:
     """-> the files written."""
     drawn = []
-    for part, draw in (("prefill", _prefill), ("decode", _decode), ("room", _room), ("host", _host)):
+    for part, draw in DRAWN.items():
         if results.get(part):
             path = folder / f"bench-{part}.png"
             draw(results[part], path)
@@ -25,6 +25,13 @@ def _figure(columns: int) -> Any:
     return figure, figure.subplots(1, columns, squeeze=False)[0]
 
 
+def _say_plainly(axis: Any, values: list[int]) -> None:
+    """These numbers at a logarithmic axis, in units of 1024 where they are such."""
+    names = [f"{value // 1024}k" if value % 1024 == 0 else str(value) for value in values]
+    axis.set_ticks(values, names)
+    axis.set_ticks([], minor=True)
+
+
 def _prefill(results: list[Result], path: Path) -> None:
     figure, (times, ratios) = _figure(2)
     lengths = [result["tokens"] for result in results]
@@ -32,11 +39,13 @@ def _prefill(results: list[Result], path: Path) -> None:
         seconds = [result[f"{kind}_61_layers_ms"] / 1e3 for result in results]
         times.plot(lengths, seconds, "o-", color=colour, label=kind)
     times.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel="s, extrapolated to 61 layers")
+    _say_plainly(times.xaxis, lengths)
     times.legend()
     ratios.plot(lengths, [result["ratio"] for result in results], "o-", label="slice")
     ratios.plot(lengths, [result["ratio_61_layers"] for result in results], "o--", label="61 layers")
     ratios.axhline(1, color="0.7", lw=1)
     ratios.set(xscale="log", xlabel="prompt, tokens", ylabel="dense time / sparse time")
+    _say_plainly(ratios.xaxis, lengths)
     ratios.legend()
     figure.suptitle("Prefill of one prompt")
     figure.savefig(path, dpi=130)
@@ -52,6 +61,8 @@ def _decode(results: list[Result], path: Path) -> None:
             axis.plot(batches, [row[f"{kind}_61_layers_ms"] for row in rows], "o-", color=colour, label=kind)
         axis.set(title=f"context {context}", xlabel="batch", ylabel="ms a step, extrapolated to 61 layers")
         axis.set(xscale="log", yscale="log")
+        _say_plainly(axis.xaxis, batches)
+        _say_plainly(axis.yaxis, [20, 50, 100, 200, 500])
         axis.legend()
     figure.suptitle("Decode step")
     figure.savefig(path, dpi=130)
@@ -77,3 +88,35 @@ def _host(results: list[Result], path: Path) -> None:
     axis.set(xscale="log", xlabel="batch", ylabel="ms of a step in which the device waits for the host")
     axis.legend()
     figure.savefig(path, dpi=130)
+
+
+def _ship(results: list[Result], path: Path) -> None:
+    figure, (axis,) = _figure(1)
+    lengths = [result["tokens"] for result in results]
+    axis.plot(lengths, [result["ttft_ms"] for result in results], "o-", label="request to first token")
+    axis.plot(lengths, [result["exposed_ms"] for result in results], "o-", label="then, until all has landed")
+    axis.set(xscale="log", yscale="log", xlabel="prompt, tokens", ylabel="ms")
+    _say_plainly(axis.xaxis, lengths)
+    axis.set_title(f"Prefill, ship, decode over {results[0]['transport']}")
+    axis.legend()
+    figure.savefig(path, dpi=130)
+
+
+def _ranks(results: list[Result], path: Path) -> None:
+    figure, (axis,) = _figure(1)
+    names = [f"{result['step']}\n{result['batch']} x {result['tokens']}" for result in results]
+    bars = axis.bar(names, [result["speedup"] for result in results])
+    axis.bar_label(bars, fmt="%.2f")
+    axis.axhline(1, color="0.7", lw=1)
+    axis.set(ylabel="time of one rank / time of two")
+    figure.savefig(path, dpi=130)
+
+
+DRAWN = {
+    "prefill": _prefill,
+    "decode": _decode,
+    "ship": _ship,
+    "ranks": _ranks,
+    "room": _room,
+    "host": _host,
+}
