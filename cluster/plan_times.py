@@ -31,21 +31,27 @@ class Decode(NamedTuple):
 
 # docs/benchmarks.md, "The engine at true sizes on one H200": FP8 caches, our own kernels, chunks of 8,192 tokens.
 PREFILL = (
-    Prefill(4 * K, 46.5, 844),
-    Prefill(8 * K, 102, 1825),
-    Prefill(32 * K, 474, 8265),
-    Prefill(64 * K, 1116, 18980),
-    Prefill(128 * K, 2778, 46350),
+    Prefill(4 * K, 32.8, 647),
+    Prefill(8 * K, 80.5, 1448),
+    Prefill(32 * K, 388, 6844),
+    Prefill(64 * K, 920, 15975),
+    Prefill(128 * K, 2263, 38263),
 )
 DECODE = (
-    Decode(4 * K, 8, 2.44, 51.7),
-    Decode(4 * K, 32, 3.18, 87.8),
-    Decode(32 * K, 32, 3.41, 90.6),
-    Decode(128 * K, 1, 1.75, 22.3),
-    Decode(128 * K, 8, 2.74, 57.5),
-    Decode(128 * K, 32, 3.96, 98.5),
+    Decode(4 * K, 8, 2.11, 49.0),
+    Decode(4 * K, 32, 3.01, 87.8),
+    Decode(4 * K, 64, 3.48, 105.0),
+    Decode(32 * K, 8, 2.21, 49.2),
+    Decode(32 * K, 32, 3.20, 89.7),
+    Decode(32 * K, 64, 3.82, 110.0),
+    Decode(128 * K, 1, 1.66, 20.7),
+    Decode(128 * K, 8, 2.36, 51.4),
+    Decode(128 * K, 32, 3.69, 96.7),
+    Decode(128 * K, 64, 4.83, 125.9),
 )
-HOST_MS = 0.24  # of a decode step, that the GPU waits for the scheduler and the sampler (same page)
+HOST_MS = (
+    0.45  # of a decode step of 32 rows, that the GPU waits for the scheduler and the sampler (same page)
+)
 HEAD_MS = 0.42  # of a decode step, the language head (docs/kernels.md, "Where the time of a step goes")
 GATE_MS = 0.045  # choosing the experts of 512 tokens (docs/kernels.md, "Norms, SwiGLU, gate, quantisers")
 WEIGHTS_GB_S = (

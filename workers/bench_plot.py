@@ -1,5 +1,6 @@
 """Draws what the benchmark has measured, one picture for each question. Knows nothing of how it was measured."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def _ranks(results: list[Result], path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-DRAWN = {
+DRAWN: dict[str, Callable[[Any, Path], None]] = {
     "prefill": _prefill,
     "decode": _decode,
     "ship": _ship,
