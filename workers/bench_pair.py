@@ -131,9 +131,8 @@ def land(engine: Engine, context: int, batch: int) -> list[Request]:
             raise RuntimeError(f"no room for {batch} requests of {context} tokens")
         for index in range(len(request.pages)):
             engine.landed(request.id, index)
-        engine.join(
-            request.id, 2 + number
-        )  # not the same token: equal rows would all choose the same experts
+        # Not the same token for all: equal rows would choose the same experts.
+        engine.join(request.id, 2 + number)
     return requests
 
 

@@ -18,7 +18,6 @@ from kernels.triton_ops.quant import quantize_tile
 
 PAGE: tl.constexpr = tl.constexpr(PAGE_SIZE)
 MIN_COLUMNS = 16  # of a tensor-core tile
-PROGRAMS_WANTED = 132 * 8  # enough for every multiprocessor of an H200 to have its share
 KEYS_OF_PROGRAM = (
     256,
     2048,
@@ -89,7 +88,7 @@ def fill_scores(
     columns = triton.next_power_of_2(max(heads, MIN_COLUMNS // tile.rows))
     groups = triton.cdiv(len(out), tile.rows)
     fewest, most = KEYS_OF_PROGRAM
-    share = triton.next_power_of_2(triton.cdiv(width * PAGE_SIZE * groups, PROGRAMS_WANTED))
+    share = triton.next_power_of_2(triton.cdiv(width * PAGE_SIZE * groups, scores_hopper.PROGRAMS_WANTED))
     span = min(max(fewest, share), most)
     _score_kernel[(groups, triton.cdiv(width * PAGE_SIZE, span))](
         q,
