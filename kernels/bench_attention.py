@@ -8,10 +8,7 @@ import torch
 import kernels.reference as reference
 from kernels.bench_cases import LAYOUT, Maker, Problem, Setting
 from kernels.bench_timing import Call
-from kernels.dispatch import Ops
-from kernels.layout import CacheLayout
-from kernels.rows import Rows
-from kernels.testing import SOFTMAX_SCALE, Case, difference, make_case, spread_slots
+from kernels.testing import SOFTMAX_SCALE, Case, difference, make_case, random_slots, spread_slots
 
 DIM = LAYOUT.latent_dim + LAYOUT.rope_dim
 HEAD_DIM = 128  # of keys without position and of values
@@ -69,15 +66,17 @@ def _expanded(setting: Setting, *, heads: int, topk: int, num_rows: int) -> Prob
     nope, pe = normal(num_rows, heads, HEAD_DIM), normal(num_rows, heads, LAYOUT.rope_dim)
     key_up = normal(heads, HEAD_DIM, LAYOUT.latent_dim) * 0.05
     value_up = normal(heads, LAYOUT.latent_dim, HEAD_DIM) * 0.05
-    every = case.slots_of(0, num_rows).int()
-    visible = torch.arange(num_rows, device=setting.device) <= case.rows.positions.unsqueeze(1)
-    scores = torch.rand(visible.shape, generator=generator, device=setting.device)
-    positions = reference.top_k(scores, case.rows.positions + 1, topk)
-    slots = every[positions.clamp(min=0).long()].masked_fill(positions < 0, -1)
+    slots = random_slots(case, topk, seed=0)
     arguments = (case.latent_pages, case.rows, slots, key_up, value_up, SOFTMAX_SCALE, LAYOUT)
     calls = setting.calls("expanded_mla", lambda ops, _: ops.expanded_mla(nope, pe, *arguments))
     ours = next(iter(setting.having("expanded_mla").values()))
-    calls["over latents"] = lambda _: _over_latents(ours, nope, pe, *arguments)
+
+    def over_latents(_: int) -> torch.Tensor:
+        query = torch.cat((ours.head_linear(nope, key_up), pe), dim=-1)
+        out, _lse = ours.sparse_mla(query, case.latent_pages, slots, SOFTMAX_SCALE, LAYOUT)
+        return ours.head_linear(out, value_up)
+
+    calls["over latents"] = over_latents
     pairs = num_rows * (num_rows + 1) / 2
     return Problem(
         operator="expanded_mla",
@@ -87,26 +86,8 @@ def _expanded(setting: Setting, *, heads: int, topk: int, num_rows: int) -> Prob
         bytes=_row_bytes(num_rows, heads, topk),
         calls=calls,
         sets=1,
-        error=lambda out: difference(out, _over_latents(ours, nope, pe, *arguments)),
+        error=lambda out: difference(out, over_latents(0)),
     )
-
-
-def _over_latents(
-    ops: Ops,
-    nope: torch.Tensor,
-    pe: torch.Tensor,
-    latent_pages: torch.Tensor,
-    rows: Rows,
-    slots: torch.Tensor,
-    key_up: torch.Tensor,
-    value_up: torch.Tensor,
-    softmax_scale: float,
-    layout: CacheLayout,
-) -> torch.Tensor:
-    """What expanded_mla stands for."""
-    query = torch.cat((ops.head_linear(nope, key_up), pe), dim=-1)
-    out, _ = ops.sparse_mla(query, latent_pages, slots, softmax_scale, layout)
-    return ops.head_linear(out, value_up)
 
 
 def _decode(setting: Setting, *, heads: int, topk: int, batch: int, requests: int, context: int) -> Problem:

@@ -250,6 +250,17 @@ def spread_slots(case: Case, topk: int, seed: int) -> torch.Tensor:
     return (pages * PAGE_SIZE + positions % PAGE_SIZE).int()
 
 
+def random_slots(case: Case, topk: int, seed: int) -> torch.Tensor:
+    """int32 [T, topk]: topk of every row's visible tokens at random, or all of them, by position; then -1."""
+    rows = case.rows
+    generator = torch.Generator(rows.positions.device).manual_seed(seed)
+    shape = len(rows.positions), rows.page_table.shape[1] * PAGE_SIZE
+    scores = torch.rand(shape, generator=generator, device=rows.positions.device)
+    positions = reference.top_k(scores, rows.positions + 1, topk)
+    pages = rows.page_table[rows.owners.unsqueeze(1), positions.clamp(min=0) // PAGE_SIZE]
+    return (pages * PAGE_SIZE + positions % PAGE_SIZE).masked_fill(positions < 0, -1)
+
+
 def _fill_caches(case: Case, contexts: Sequence[int], numbers: Numbers, dtype: torch.dtype) -> None:
     """Writes every token of every request, many at a time, however many requests there are."""
     layout, device = case.layout, case.q.device

@@ -7,7 +7,7 @@ import torch
 from exact_interpreter import prepare
 
 from kernels import reference
-from kernels.testing import LAYOUTS, SOFTMAX_SCALE, Case, difference, make_case
+from kernels.testing import LAYOUTS, SOFTMAX_SCALE, Case, difference, make_case, random_slots
 
 FP8 = LAYOUTS["fp8"]
 ON_GPU = torch.cuda.is_available()
@@ -49,13 +49,8 @@ class Heads:
 
 
 def picks(case: Case, topk: int) -> torch.Tensor:
-    """Slots int32 [T, topk] of random tokens that each row sees, by position, among slots of nothing."""
-    rows = case.rows
-    generator = torch.Generator(DEVICE).manual_seed(0)
-    scores = torch.rand(len(case.q), rows.page_table.shape[1] * 64, generator=generator, device=DEVICE)
-    positions = reference.top_k(scores, rows.positions + 1, topk)
-    pages = rows.page_table[rows.owners.unsqueeze(1), positions.clamp(min=0) // 64]
-    return (pages * 64 + positions % 64).masked_fill(positions < 0, 2**31 - 1)
+    slots = random_slots(case, topk, seed=0)
+    return slots.masked_fill(slots < 0, 2**31 - 1)  # another number of no slot than -1
 
 
 @pytest.mark.parametrize("masked", [True, False])

@@ -70,7 +70,6 @@ def fill_scores(
     *,
     out: torch.Tensor,
     unless_at_most: int = 0,
-    tile: Tile | None = None,
 ) -> None:
     """Scores of the rows first .. first + len(out) - 1 with every token that they see; beyond, `out` is left or holds anything.
 
@@ -79,12 +78,13 @@ def fill_scores(
     unless_at_most: rows that see no more tokens than this need no scores
     """
     keys, scales = index_views(index_pages, layout)
-    if tile is None and scores_hopper.fits(q, rows):
-        scores_hopper.launch(q, factors, keys, scales, rows, first, out, unless_at_most)
-        return
     num_rows, heads, dim = q.shape
     requests, width = rows.page_table.shape
-    tile = tile or (MANY if num_rows >= 2 * requests else FEW)
+    many = num_rows >= 2 * requests
+    if many and scores_hopper.fits(q):
+        scores_hopper.launch(q, factors, keys, scales, rows, first, out, unless_at_most)
+        return
+    tile = MANY if many else FEW
     columns = triton.next_power_of_2(max(heads, MIN_COLUMNS // tile.rows))
     groups = triton.cdiv(len(out), tile.rows)
     fewest, most = KEYS_OF_PROGRAM

@@ -28,9 +28,8 @@ PROGRAMS_WANTED = 132 * 8  # enough for every multiprocessor of an H200 to have 
 HEADS = gl.constexpr(NUM_HEADS)
 DIM = gl.constexpr(KEY_DIM)
 PAGE = gl.constexpr(PAGE_SIZE)
-SCALE_LINES = gl.constexpr(
-    PAGE_SIZE * 4 // KEY_DIM
-)  # a page is lines of one key's size; the last ones hold scales
+# A page is lines of one key's size, of which the last hold scales.
+SCALE_LINES = gl.constexpr(PAGE_SIZE * 4 // KEY_DIM)
 ROWS = gl.constexpr(2)  # of a program
 STAGES = gl.constexpr(4)
 QUERY_LAYOUT = gl.constexpr(gl.BlockedLayout([1, 16], [4, 8], [4, 1], [1, 0]))
@@ -40,12 +39,11 @@ SCALE_SHARED = gl.constexpr(gl.NVMMASharedLayout(0, 32, 2))
 VECTOR_SHARED = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
-def fits(q: torch.Tensor, rows: Rows) -> bool:
-    """Whether this kernel takes such queries: many rows of a request, and the heads of V3.2."""
+def fits(q: torch.Tensor) -> bool:
+    """Whether this kernel takes such queries: the heads of V3.2."""
     return (
         q.is_cuda
         and q.shape[1:] == (NUM_HEADS, KEY_DIM)
-        and len(q) >= 2 * len(rows.page_table)
         and torch.cuda.get_device_capability(q.device)[0] == 9
     )
 

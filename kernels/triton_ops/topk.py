@@ -3,7 +3,7 @@
 A row is read twice. The first pass keeps the best score of each of a few thousand groups of positions: the topk-th best of
 those is a bound that at least topk scores reach, and that hardly more than topk exceed. The second pass writes the positions
 that reach it, in order, to a short list, on which the search for the exact threshold is cheap. Where the list does not hold
-them, because very many scores lie above the bound, the search goes over the row itself: slower, with the same result.
+them, because very many scores reach the bound, the search goes over the row itself: slower, with the same result.
 """
 
 from typing import NamedTuple, Self
@@ -46,8 +46,7 @@ class Plan(NamedTuple):
         tile = min(TILE, groups)
         wanted = triton.next_power_of_2(max(PROGRAMS // max(num_rows, 1), 1))
         parts = min(wanted, triton.next_power_of_2(triton.cdiv(max(width, 1), tile)))
-        # A list takes all ties that may be chosen, and as many better ones again. Its size does not follow the row's, or the
-        # kernels would be compiled for every length.
+        # A list takes twice what is chosen. Its size does not follow the row's, or the kernels would be compiled for every length.
         capacity = groups // 2
         slices = max(min(wanted, groups // MIN_SLICE), groups // tile)
         return cls(groups, slices, parts, capacity, tile)
