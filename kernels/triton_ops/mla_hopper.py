@@ -293,14 +293,12 @@ def _right(buffers, query_right, output, tokens, count, DENSE: gl.constexpr):
 
     slot = checked_slots(load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
     next_slots = load_slots(source, first, end, 1, DENSE)
-    quarter_2 = load_quarter(words, slot, 2)
-    scale_2, scale_3 = load_scale(scales, slot, 2), load_scale(scales, slot, 3)
+    loaded = _load_right(words, scales, slot)
     for block in gl.static_range(2):
-        _fill_right(buffers, block, count, words, slot, quarter_2, scale_2, scale_3)
+        _fill_right(buffers, block, count, words, slot, loaded)
         slot = checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
         next_slots = load_slots(source, first, end, block + 2, DENSE)
-        quarter_2 = load_quarter(words, slot, 2)
-        scale_2, scale_3 = load_scale(scales, slot, 2), load_scale(scales, slot, 3)
+        loaded = _load_right(words, scales, slot)
     for block in range(count):
         mbarrier.wait(weights_full, block & 1)
         operand_weights = weights.load(operand)
@@ -309,11 +307,10 @@ def _right(buffers, query_right, output, tokens, count, DENSE: gl.constexpr):
         acc = acc * gl.expand_dims(factor, 1)
         acc = warpgroup_mma(operand_weights, right.index(block & 1), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        _fill_right(buffers, block + 2, count, words, slot, quarter_2, scale_2, scale_3)
+        _fill_right(buffers, block + 2, count, words, slot, loaded)
         slot = checked_slots(next_slots, first, end, block + 3, num_slots, DENSE)
         next_slots = load_slots(source, first, end, block + 4, DENSE)
-        quarter_2 = load_quarter(words, slot, 2)
-        scale_2, scale_3 = load_scale(scales, slot, 2), load_scale(scales, slot, 3)
+        loaded = _load_right(words, scales, slot)
     mbarrier.wait(weights_full, count & 1)
     acc = acc * gl.expand_dims(factors.load(of_out), 1)
     out, lse, row_of_out, heads = output
@@ -321,9 +318,16 @@ def _right(buffers, query_right, output, tokens, count, DENSE: gl.constexpr):
 
 
 @gluon.jit
-def _fill_right(buffers, block, count, words, slot, quarter_2, scale_2, scale_3):
+def _load_right(words, scales, slot):
+    """Of the right half of each row the first quarter, and the scales of both."""
+    return load_quarter(words, slot, 2), load_scale(scales, slot, 2), load_scale(scales, slot, 3)
+
+
+@gluon.jit
+def _fill_right(buffers, block, count, words, slot, loaded):
     """The second quarter is loaded while the first is converted: both at once do not fit the registers."""
     left, right, rope, weights, factors, hidden, bars = buffers
+    quarter_2, scale_2, scale_3 = loaded
     if block < count:
         quarter_3 = load_quarter(words, slot, 3)
         store_quarter(right.index(block & 1), quarter_2, scale_2, 0)

@@ -62,7 +62,7 @@ def load_slots(source, first, end, block, DENSE: gl.constexpr):
 
 @gluon.jit
 def checked_slots(loaded, first, end, block, num_slots, DENSE: gl.constexpr):
-    """What _load_slots returned -> slots int32 [TOKENS], -1 where there is no token."""
+    """What load_slots returned -> slots int32 [TOKENS], -1 where there is no token."""
     offset = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, WORDS_LAYOUT))
     slot = loaded * TOKENS + offset if DENSE else loaded
     inside = first + block * TOKENS + offset < end
@@ -94,6 +94,13 @@ def _load_keys(words, slot):
 
 
 @gluon.jit
+def _load_left(words, scales, slot):
+    """Of each row the quarters of the left half, their scales, and the roped key."""
+    quarters = load_quarter(words, slot, 0), load_quarter(words, slot, 1)
+    return quarters, (load_scale(scales, slot, 0), load_scale(scales, slot, 1)), _load_keys(words, slot)
+
+
+@gluon.jit
 def store_quarter(shared, quarter, scale, PLACE: gl.constexpr):
     """128 channels of a block, dequantised, into the first or second half of shared memory bf16 [TOKENS, HALF]."""
     pairs = shared._reinterpret(gl.int32, [TOKENS, HALF // 2], WORD_SHARED)
@@ -121,20 +128,16 @@ def fill_left(buffers, tokens, count, DENSE: gl.constexpr):
     words, scales, source, first, end, num_slots = tokens
     slot = checked_slots(load_slots(source, first, end, 0, DENSE), first, end, 0, num_slots, DENSE)
     next_slots = load_slots(source, first, end, 1, DENSE)
-    quarter_0, quarter_1 = load_quarter(words, slot, 0), load_quarter(words, slot, 1)
-    scale_0, scale_1 = load_scale(scales, slot, 0), load_scale(scales, slot, 1)
-    key = _load_keys(words, slot)
+    quarters, quarter_scales, key = _load_left(words, scales, slot)
     for block in range(count):
         buffer = block & 1
         mbarrier.wait(empty_left(bars, buffer), ((block >> 1) & 1) ^ 1)
         hidden.index(buffer).store(gl.where(slot < 0, float("-inf"), 0.0))
-        store_quarter(left.index(buffer), quarter_0, scale_0, 0)
-        store_quarter(left.index(buffer), quarter_1, scale_1, 1)
+        store_quarter(left.index(buffer), quarters[0], quarter_scales[0], 0)
+        store_quarter(left.index(buffer), quarters[1], quarter_scales[1], 1)
         rope.index(buffer)._reinterpret(gl.int32, [TOKENS, ROPE // 2], WORD_SHARED).store(key)
         fence_async_shared()
         mbarrier.arrive(full_left(bars, buffer), count=1)
         slot = checked_slots(next_slots, first, end, block + 1, num_slots, DENSE)
         next_slots = load_slots(source, first, end, block + 2, DENSE)
-        quarter_0, quarter_1 = load_quarter(words, slot, 0), load_quarter(words, slot, 1)
-        scale_0, scale_1 = load_scale(scales, slot, 0), load_scale(scales, slot, 1)
-        key = _load_keys(words, slot)
+        quarters, quarter_scales, key = _load_left(words, scales, slot)
