@@ -49,9 +49,7 @@ DECODE = (
     Decode(128 * K, 32, 3.69, 96.7),
     Decode(128 * K, 64, 4.83, 125.9),
 )
-HOST_MS = (
-    0.45  # of a decode step of 32 rows, that the GPU waits for the scheduler and the sampler (same page)
-)
+HOST_MS = 0.45  # of a decode step of 32 rows, that the GPU waits for scheduler and sampler (same page)
 HEAD_MS = 0.42  # of a decode step, the language head (docs/kernels.md, "Where the time of a step goes")
 GATE_MS = 0.045  # choosing the experts of 512 tokens (docs/kernels.md, "Norms, SwiGLU, gate, quantisers")
 WEIGHTS_GB_S = (

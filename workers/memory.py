@@ -4,7 +4,7 @@ Sizes only; knows nothing of tensors or of how much memory a device has. The for
 the same time, so that no request, once accepted, ends for want of memory.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from kernels.layout import PAGE_SIZE, CacheLayout
 from workers.config import EngineConfig
@@ -36,15 +36,7 @@ class Workspace:
 
     @property
     def total(self) -> int:
-        return (
-            self.activations
-            + self.latents
-            + self.expanded
-            + self.scores
-            + self.logits
-            + self.graphs
-            + self.shipping
-        )
+        return sum(astuple(self))
 
 
 def workspace(model: ModelConfig, engine: EngineConfig) -> Workspace:
